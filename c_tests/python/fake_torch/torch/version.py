@@ -1,0 +1,4 @@
+"""What the package reads: the CUDA version that chooses its native file."""
+
+cuda = "13.0"
+hip = None

@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""The package torch_memory_saver beside our file, in the same run, on the same machine.
+
+    python bench_torch_memory_saver.py [--wheel FILE_OR_DIR] [--library FILE] [--disk DIR] [--json]
+
+10.7 GB as 320 x 32 MiB and as 20 x 512 MiB: pause and resume without a backup, with pinned memory
+for the first time and again, retained, mmap and file; and the bare pinned copy of the same run.
+Each file and shape has its own process, so that "first time" is one. Host memory is touched and
+released once before everything, because on a virtual machine the first touch is slower. Data are
+random and compared by a checksum on the GPU after the timing. Needs a GPU, PyTorch and the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import mmap
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+MIB = 1 << 20
+SHAPES = {"320x32": (320, 32 * MIB), "20x512": (20, 512 * MIB)}
+FILES = ("ours", "package")
+CHILD_TIMEOUT_S = 150
+
+#: Case: region options, cycles before the timing, timed cycles.
+CASES: Dict[str, Tuple[Dict[str, Any], int, int]] = {
+    "none": ({}, 1, 3),
+    "pinned first": ({"enable_cpu_backup": True}, 0, 1),
+    "pinned again": ({"enable_cpu_backup": True}, 0, 3),
+    "retained": ({"enable_cpu_backup": True}, 1, 3),
+    "mmap": ({"enable_cpu_backup": True, "cpu_backup_backend": "mmap"}, 0, 2),
+    "file": ({"enable_disk_backup": True}, 0, 2),
+}
+
+#: Runs on the memory of the case before it.
+SAME_MEMORY = {"pinned again"}
+
+
+class Weights:
+    """The tensors of one case, and the checksums of their random bytes."""
+
+    def __init__(
+        self, torch: Any, saver: Any, tag: str, count: int, size: int, region: Dict[str, Any]
+    ) -> None:
+        self.torch = torch
+        self.bytes = count * size
+        with saver.region(tag=tag, **region):
+            self.tensors = [
+                torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(count)
+            ]
+        self.positions = torch.arange(1, size // 8 + 1, dtype=torch.int64, device="cuda")
+        for tensor in self.tensors:
+            tensor.view(torch.int64).random_()
+        self.expected = self.checksums()
+
+    def checksums(self) -> List[int]:
+        """Depends on every byte and its position; wraps around."""
+        sums = [(tensor.view(self.torch.int64) * self.positions).sum() for tensor in self.tensors]
+        return [int(value) for value in sums]
+
+    def unchanged(self) -> bool:
+        return self.checksums() == self.expected
+
+
+def timed(torch: Any, work: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def copy_ceiling(torch: Any) -> Dict[str, float]:
+    """GB/s of cudaMemcpyAsync to and from pinned memory, median of five copies of 1 GiB."""
+    size = 1024 * MIB
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty(size, dtype=torch.uint8, device="cuda")
+    device.view(torch.int64).random_()
+    host.copy_(device)
+    to_host = [timed(torch, lambda: host.copy_(device, non_blocking=True)) for _ in range(5)]
+    to_device = [timed(torch, lambda: device.copy_(host, non_blocking=True)) for _ in range(5)]
+    del host, device
+    gc.collect()
+    torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._host_emptyCache()
+    return {
+        "d2h": size / statistics.median(to_host) / 1e9,
+        "h2d": size / statistics.median(to_device) / 1e9,
+    }
+
+
+def run_child(shape: str, shrink: int, disk: str, cases: List[str]) -> None:
+    """One process: prints a JSON line for every case as it is done."""
+    count, size = SHAPES[shape]
+    size //= shrink
+    import torch
+    from torch_memory_saver import torch_memory_saver as saver
+
+    saver.hook_mode = "torch"
+    torch.cuda.init()
+    print(json.dumps({"ceiling": copy_ceiling(torch)}), flush=True)
+    saver.set_disk_backup_dir(disk)
+    weights: Optional[Weights] = None
+    tag = ""
+    for case in cases:
+        region, warm, cycles = CASES[case]
+        if case not in SAME_MEMORY or weights is None:
+            tag = case.replace(" ", "-")
+            saver.retain_cpu_backup = case == "retained"
+            weights = Weights(torch, saver, tag, count, size, region)
+        pause, resume = [], []
+        for cycle in range(warm + cycles):
+            pause_s = timed(torch, lambda: saver.pause(tag))
+            resume_s = timed(torch, lambda: saver.resume(tag))
+            if cycle >= warm:
+                pause.append(pause_s)
+                resume.append(resume_s)
+        right = case == "none" or weights.unchanged()
+        print(
+            json.dumps(
+                {
+                    "case": case,
+                    "bytes": weights.bytes,
+                    "pause_s": statistics.median(pause),
+                    "resume_s": statistics.median(resume),
+                    "bytes_right": right,
+                }
+            ),
+            flush=True,
+        )
+        following = cases[cases.index(case) + 1 :]
+        if not following or following[0] not in SAME_MEMORY:
+            weights = None
+            drop(torch, saver, tag)
+
+
+def drop(torch: Any, saver: Any, tag: str) -> None:
+    pools = saver._impl._mem_pools
+    gc.collect()
+    for key in [key for key in pools if key[0] == tag]:
+        del pools[key]
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def touch_host_memory(gib: int) -> None:
+    """Lets the machine find its memory before anything is timed."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0x8000)
+    pieces = [mmap.mmap(-1, 1 << 30, flags=flags) for _ in range(gib)]
+    for piece in pieces:
+        piece.close()
+
+
+def measure(
+    file: str, shape: str, package: Path, options: argparse.Namespace, disk: Path
+) -> Dict[str, Any]:
+    path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, __file__, "--child", shape, "--disk", str(disk)]
+    command += ["--shrink", str(options.shrink)]
+    for case in options.case or CASES:
+        command += ["--case", case]
+    found: Dict[str, Any] = {"cases": {}, "ceiling": None, "error": None}
+    output, code = "", 0
+    try:
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=CHILD_TIMEOUT_S
+        )
+        output, errors, code = child.stdout, child.stderr, child.returncode
+    except subprocess.TimeoutExpired as late:
+        output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        errors, code = f"longer than {CHILD_TIMEOUT_S} s", 124
+    for line in output.splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if "ceiling" in entry:
+                found["ceiling"] = entry["ceiling"]
+            elif "case" in entry:
+                found["cases"][entry.pop("case")] = entry
+    if code != 0:
+        last = " | ".join(errors.strip().splitlines()[-3:])[-400:]
+        found["error"] = f"{file} {shape}: ended with code {code}: {last}"
+        print(f"# {found['error']}", file=sys.stderr, flush=True)
+    return found
+
+
+def rate(entry: Optional[Dict[str, Any]], part: str, case: str) -> str:
+    if entry is None:
+        return "-"
+    if not entry["bytes_right"]:
+        return "WRONG BYTES"
+    seconds = entry[f"{part}_s"]
+    return f"{seconds * 1e3:.1f} ms" if case == "none" else f"{entry['bytes'] / seconds / 1e9:.1f}"
+
+
+def speedup(ours: Optional[Dict[str, Any]], theirs: Optional[Dict[str, Any]], part: str) -> str:
+    if not ours or not theirs:
+        return "-"
+    return f"{theirs[f'{part}_s'] / ours[f'{part}_s']:.2f}"
+
+
+def table(measured: Dict[str, Dict[str, Dict[str, Any]]], cases: List[str]) -> str:
+    lines = [
+        "GB/s; without backup: milliseconds. Ratio: time of the package / time of ours.",
+        "",
+        "| shape, MiB | backup | | ours | package | ratio | bare copy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, files in measured.items():
+        ceilings = [files[file]["ceiling"] for file in FILES if files[file]["ceiling"]]
+        for case in cases:
+            ours, theirs = (files[file]["cases"].get(case) for file in FILES)
+            for part, direction in (("pause", "d2h"), ("resume", "h2d")):
+                bare = "-"
+                if ceilings and case != "none":
+                    bare = f"{statistics.median(c[direction] for c in ceilings):.1f}"
+                lines.append(
+                    f"| {shape} | {case} | {part} | {rate(ours, part, case)} | "
+                    f"{rate(theirs, part, case)} | {speedup(ours, theirs, part)} | {bare} |"
+                )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--wheel", help="the package's wheel, or a folder that holds it")
+    parser.add_argument("--library", help="our libtms_preload.so")
+    parser.add_argument("--disk", help="folder of the file backups (default: a temporary one)")
+    parser.add_argument("--shape", action="append", choices=list(SHAPES))
+    parser.add_argument("--case", action="append", choices=list(CASES))
+    parser.add_argument("--touch-gib", type=int, default=32, help="host memory touched first")
+    parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try the script")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--child", choices=list(SHAPES), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    cases = options.case or list(CASES)
+    if options.child:
+        run_child(options.child, options.shrink, options.disk, cases)
+        return 0
+
+    import package_copy
+
+    started = time.monotonic()
+    measured: Dict[str, Dict[str, Dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="tms-bench-") as name:
+        folder = Path(name)
+        try:
+            packages = {
+                file: package_copy.copy_package(folder / file, options.wheel) for file in FILES
+            }
+            package_copy.put_ours(packages["ours"], options.library)
+        except (package_copy.PackageMissing, package_copy.dropin.DropinError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except ImportError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        touch_host_memory(options.touch_gib)
+        for shape in options.shape or SHAPES:
+            measured[shape] = {}
+            for file in FILES:
+                disk = Path(options.disk or folder) / f"tms-bench-{file}-{shape}"
+                disk.mkdir(parents=True, exist_ok=True)
+                measured[shape][file] = measure(file, shape, packages[file], options, disk)
+                shutil.rmtree(disk, ignore_errors=True)
+    seconds = time.monotonic() - started
+    complete = all(
+        entry["bytes_right"]
+        for files in measured.values()
+        for found in files.values()
+        for entry in found["cases"].values()
+    ) and all(
+        len(found["cases"]) == len(cases) for files in measured.values() for found in files.values()
+    )
+    if options.json:
+        print(json.dumps({"seconds": round(seconds, 1), "measured": measured}))
+    else:
+        print(table(measured, cases))
+        print(f"\n{options.touch_gib} GiB of host memory touched first; {seconds:.0f} s in all.")
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

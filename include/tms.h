@@ -1,0 +1,1113 @@
+/*
+ * tms.h - pause and resume GPU memory without losing it.
+ *
+ * Allocations carry a tag. A pause copies what must be kept to a backup, then releases the physical
+ * memory of all allocations with a tag; their addresses stay reserved, so every pointer, tensor and
+ * CUDA graph stays valid. A resume puts memory and contents back.
+ *
+ * Ownership
+ *   Handles (tms_saver_t, tms_op_t) are made by one function and freed by one; freeing NULL does
+ *   nothing. Strings that go in are copied. Strings that come out belong to the library and are
+ *   valid as long as their function says. Memory from malloc functions is freed by the matching
+ *   free function of the same saver.
+ *
+ * Threads
+ *   Every function may be called from any thread. A handle that is passed as const may be used by
+ *   many threads at once; a function that takes it without const ends it. Regions and the message
+ *   of the last error belong to the calling thread.
+ *
+ * Errors
+ *   Functions return an int32_t: 0 (TMS_OK) for success, negative for an error. Out-parameters are
+ *   written only on success unless the function says otherwise. tms_last_error_message() tells what
+ *   went wrong and names the argument, address or file at fault. Nothing here ends the process,
+ *   prints to stdout, or installs a signal handler.
+ *
+ * Structs
+ *   Structs that may grow begin with struct_size. Zero-fill them and set it to sizeof the struct, so
+ *   that programs built against an older header keep working.
+ *
+ * Devices
+ *   TMS_DEVICE=auto (default), cuda or host chooses where the default saver works. "host" needs no
+ *   GPU: device memory is memory of this machine. Nothing is probed before the first allocation.
+ *
+ * fork and exit
+ *   A child forked after the first allocation gets TMS_ERR_FORKED from every function that needs a
+ *   device; exec is fine. Once exit has begun no driver is called any more: functions return
+ *   TMS_ERR_SHUTDOWN.
+ *
+ * What a pause does not see
+ *   Contents without a backup are gone: new physical memory is cleared by the driver, and handles
+ *   are never kept for reuse. That guarantee covers memory of this library only. Memory that is
+ *   registered elsewhere (RDMA, NCCL buffers of captured graphs, peer mappings made outside of a
+ *   region with peer access) keeps its old pages there and goes stale. Work of other CUDA contexts
+ *   and other processes on the memory must be finished by the caller.
+ */
+
+#ifndef TMS_H
+#define TMS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * Major version. A change breaks programs.
+ */
+#define TMS_VERSION_MAJOR 0
+
+/**
+ * Minor version. Additions.
+ */
+#define TMS_VERSION_MINOR 1
+
+/**
+ * Patch version. Corrections.
+ */
+#define TMS_VERSION_PATCH 0
+
+/**
+ * Version of the binary interface. Libraries with different numbers do not work together.
+ */
+#define TMS_ABI_VERSION 1
+
+/**
+ * Success.
+ */
+#define TMS_OK 0
+
+/**
+ * An argument is out of its range, or two arguments contradict each other.
+ */
+#define TMS_ERR_INVALID_ARGUMENT -1
+
+/**
+ * A pointer that must not be NULL is NULL.
+ */
+#define TMS_ERR_NULL_POINTER -2
+
+/**
+ * The address, tag or file is not known.
+ */
+#define TMS_ERR_NOT_FOUND -3
+
+/**
+ * The device cannot give the physical memory. Nothing changed; the call can be repeated.
+ */
+#define TMS_ERR_OUT_OF_DEVICE_MEMORY -4
+
+/**
+ * The host cannot give the memory, or a limit set for it was reached. Nothing changed.
+ */
+#define TMS_ERR_OUT_OF_HOST_MEMORY -5
+
+/**
+ * This device, driver or build cannot do what was asked.
+ */
+#define TMS_ERR_UNSUPPORTED -6
+
+/**
+ * No driver, no device, or a driver that cannot be used.
+ */
+#define TMS_ERR_NO_DEVICE -7
+
+/**
+ * A driver call failed; the device may still be used.
+ */
+#define TMS_ERR_DEVICE -8
+
+/**
+ * The device is lost for this process. Backups in host memory stay readable.
+ */
+#define TMS_ERR_DEVICE_LOST -9
+
+/**
+ * The object is in use.
+ */
+#define TMS_ERR_BUSY -10
+
+/**
+ * A deadline passed.
+ */
+#define TMS_ERR_TIMEOUT -11
+
+/**
+ * Reading or writing a file failed.
+ */
+#define TMS_ERR_IO -12
+
+/**
+ * A disk is full.
+ */
+#define TMS_ERR_NO_SPACE -13
+
+/**
+ * A backup does not match its checksum or length.
+ */
+#define TMS_ERR_CORRUPT -14
+
+/**
+ * The memory is exported, so releasing it would free nothing and leave others with stale memory.
+ */
+#define TMS_ERR_EXPORTED -15
+
+/**
+ * A stream capture is active and forbids the call.
+ */
+#define TMS_ERR_CAPTURE -16
+
+/**
+ * The library was used before fork(); the child cannot use it.
+ */
+#define TMS_ERR_FORKED -17
+
+/**
+ * The process is exiting.
+ */
+#define TMS_ERR_SHUTDOWN -18
+
+/**
+ * Two copies of the library in one process do not match.
+ */
+#define TMS_ERR_ABI -19
+
+/**
+ * Part of the selection was done and part was not; the result lists which.
+ */
+#define TMS_ERR_PARTIAL -20
+
+/**
+ * The operation was cancelled before it changed anything.
+ */
+#define TMS_ERR_CANCELLED -21
+
+/**
+ * A defect of this library.
+ */
+#define TMS_ERR_INTERNAL -22
+
+/**
+ * Errors only.
+ */
+#define TMS_LOG_ERROR 1
+
+/**
+ * Warnings too.
+ */
+#define TMS_LOG_WARN 2
+
+/**
+ * What a user may want to know once.
+ */
+#define TMS_LOG_INFO 3
+
+/**
+ * What a developer wants to know.
+ */
+#define TMS_LOG_DEBUG 4
+
+/**
+ * The host device: memory of this machine, for machines without a GPU.
+ */
+#define TMS_DEVICE_HOST 0
+
+/**
+ * A CUDA device.
+ */
+#define TMS_DEVICE_CUDA 1
+
+/**
+ * Flag of tms_device_info_t: memory can be exported to other processes.
+ */
+#define TMS_DEVICE_CAN_EXPORT 1
+
+/**
+ * Flag of tms_device_info_t: memory is created for GPUDirect RDMA.
+ */
+#define TMS_DEVICE_RDMA 2
+
+/**
+ * Memory of the region can be exported to other processes (tms_saver_export).
+ */
+#define TMS_REGION_EXPORTABLE 1
+
+/**
+ * All peer devices get access to memory of the region. Pausing it waits for them too.
+ */
+#define TMS_REGION_PEER_ACCESS 2
+
+/**
+ * Backups are kept after a resume, at the same address in every cycle.
+ */
+#define TMS_REGION_RETAIN 4
+
+/**
+ * tms_region_push: no region, until the matching pop.
+ */
+#define TMS_REGION_DISABLED 8
+
+/**
+ * Waiting without a deadline.
+ */
+#define TMS_WAIT_FOREVER UINT64_MAX
+
+/**
+ * Exported allocations stay active instead of making the call fail.
+ */
+#define TMS_PAUSE_SKIP_EXPORTED 1
+
+/**
+ * The allocation has physical memory and can be used.
+ */
+#define TMS_STATE_ACTIVE 0
+
+/**
+ * A pause works on it.
+ */
+#define TMS_STATE_PAUSING 1
+
+/**
+ * It has addresses but no memory.
+ */
+#define TMS_STATE_PAUSED 2
+
+/**
+ * A resume works on it.
+ */
+#define TMS_STATE_RESUMING 3
+
+/**
+ * Flag of tms_allocation_info_t: there is a complete backup.
+ */
+#define TMS_ALLOCATION_BACKED 1
+
+/**
+ * Flag of tms_allocation_info_t: a descriptor was handed out.
+ */
+#define TMS_ALLOCATION_EXPORTED 2
+
+/**
+ * A running or ended operation. Belongs to the caller, who frees it with tms_op_free.
+ */
+typedef struct tms_op_t tms_op_t;
+
+/**
+ * Owns allocations. Made by tms_saver_create, or the default one of the process.
+ */
+typedef struct tms_saver_t tms_saver_t;
+
+/**
+ * Receives log records. `user` is what was registered; `level` is one of the TMS_LOG constants;
+ * `target` names the part of the library; both strings are valid during the call only. Runs on a
+ * thread of the library, one record at a time, with no lock of the library held; it may call any
+ * function of the library except tms_log_set_callback and tms_log_flush.
+ */
+typedef void (*tms_log_callback_t)(void *user,
+                                   int32_t level,
+                                   const char *target,
+                                   const char *message);
+
+/**
+ * A device. Set struct_size before the call.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * TMS_DEVICE_HOST or TMS_DEVICE_CUDA.
+     */
+    int32_t kind;
+    /**
+     * Position among the visible devices, from 0.
+     */
+    uint32_t ordinal;
+    /**
+     * 13000 for CUDA 13.0; 0 on the host device.
+     */
+    uint32_t driver_version;
+    /**
+     * Memory is taken in multiples of this, bytes.
+     */
+    uint64_t granularity;
+    /**
+     * Memory of the device, bytes.
+     */
+    uint64_t total_bytes;
+    /**
+     * Memory that is free now, bytes, all processes counted.
+     */
+    uint64_t free_bytes;
+    /**
+     * TMS_DEVICE_CAN_EXPORT, TMS_DEVICE_RDMA.
+     */
+    uint32_t flags;
+    /**
+     * Devices that can be given access to this one's memory.
+     */
+    uint32_t peer_count;
+    /**
+     * Name of the device, cut if longer.
+     */
+    char name[128];
+    /**
+     * Driver functions that are missing, separated by commas; the features that need them are off.
+     */
+    char missing[256];
+} tms_device_info_t;
+
+/**
+ * What a region says about allocations made in it. Zero-fill it, then set struct_size.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * TMS_REGION_EXPORTABLE, TMS_REGION_PEER_ACCESS, TMS_REGION_RETAIN, TMS_REGION_DISABLED.
+     */
+    uint32_t flags;
+    /**
+     * By this name allocations are paused and resumed: 1 to 255 bytes of UTF-8. NULL: "default".
+     */
+    const char *tag;
+    /**
+     * What keeps the contents while paused: "pinned", "mmap", "file", or "none". NULL: "none".
+     */
+    const char *backup;
+    /**
+     * Folder of "file" backups. NULL: what tms_set_disk_backup_dir or TMS_DISK_BACKUP_DIR says,
+     * else the system's temporary folder.
+     */
+    const char *directory;
+} tms_region_options_t;
+
+/**
+ * One allocation that could not be brought where it should be.
+ */
+typedef struct {
+    /**
+     * Its address.
+     */
+    void *address;
+    /**
+     * Its size, bytes.
+     */
+    uint64_t bytes;
+    /**
+     * Why, a TMS_ERR code.
+     */
+    int32_t status;
+    /**
+     * 0.
+     */
+    uint32_t reserved;
+} tms_failure_t;
+
+/**
+ * What an operation did. Zero-fill it, then set struct_size, and failures if the list is wanted.
+ * Filled whether the operation succeeds or not.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * 0.
+     */
+    uint32_t reserved;
+    /**
+     * Allocations that changed state.
+     */
+    uint64_t done_count;
+    /**
+     * Their bytes.
+     */
+    uint64_t done_bytes;
+    /**
+     * Bytes copied to or from backups.
+     */
+    uint64_t copied_bytes;
+    /**
+     * Allocations of the selection that were already in the wanted state.
+     */
+    uint64_t unchanged_count;
+    /**
+     * Allocations that failed.
+     */
+    uint64_t failed_count;
+    /**
+     * Released bytes that did not become free on the device: held by another reference, or taken
+     * by another process meanwhile. Differences up to 32 MiB count as 0.
+     */
+    uint64_t shortfall_bytes;
+    /**
+     * The caller's array for the failed allocations, or NULL.
+     */
+    tms_failure_t *failures;
+    /**
+     * Entries that fit the array; only the first are written if there are more.
+     */
+    size_t failures_capacity;
+} tms_result_t;
+
+/**
+ * How a saver is made. Zero-fill it, then set struct_size.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * Must be 0.
+     */
+    uint32_t flags;
+    /**
+     * "auto", "cuda" or "host"; NULL: what TMS_DEVICE says.
+     */
+    const char *device;
+} tms_saver_options_t;
+
+/**
+ * What to pause and what to keep. Zero-fill it, then set struct_size.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * TMS_PAUSE_SKIP_EXPORTED.
+     */
+    uint32_t flags;
+    /**
+     * Tags to pause; with tag_count 0 all allocations are selected and this may be NULL.
+     */
+    const char *const *tags;
+    /**
+     * Number of tags.
+     */
+    size_t tag_count;
+    /**
+     * NULL: as each region says. "none": drop the contents, also of regions with a backup. Else
+     * the name of the backup to use for all.
+     */
+    const char *backup;
+} tms_pause_options_t;
+
+/**
+ * What to resume. Zero-fill it, then set struct_size.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * Must be 0.
+     */
+    uint32_t flags;
+    /**
+     * Tags to resume; with tag_count 0 all allocations are selected and this may be NULL.
+     */
+    const char *const *tags;
+    /**
+     * Number of tags.
+     */
+    size_t tag_count;
+    /**
+     * How long to wait for device memory that somebody else is about to release, milliseconds.
+     */
+    uint32_t wait_ms;
+} tms_resume_options_t;
+
+/**
+ * Bytes and counts of one tag on one device.
+ */
+typedef struct {
+    /**
+     * sizeof this struct; of the first entry, it holds for all.
+     */
+    uint32_t struct_size;
+    /**
+     * Ordinal of the device.
+     */
+    int32_t device;
+    /**
+     * Allocations with physical memory.
+     */
+    uint64_t active_count;
+    /**
+     * Their bytes.
+     */
+    uint64_t active_bytes;
+    /**
+     * Allocations without physical memory.
+     */
+    uint64_t paused_count;
+    /**
+     * Their bytes.
+     */
+    uint64_t paused_bytes;
+    /**
+     * Bytes of complete backups.
+     */
+    uint64_t backed_bytes;
+    /**
+     * The tag, NUL-terminated.
+     */
+    char tag[256];
+} tms_stats_t;
+
+/**
+ * One allocation. Set struct_size before the call.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * Ordinal of its device.
+     */
+    int32_t device;
+    /**
+     * A TMS_STATE constant.
+     */
+    int32_t state;
+    /**
+     * TMS_ALLOCATION_BACKED, TMS_ALLOCATION_EXPORTED.
+     */
+    uint32_t flags;
+    /**
+     * Its first byte.
+     */
+    void *base;
+    /**
+     * Its size, a multiple of the device's granularity, bytes.
+     */
+    uint64_t bytes;
+    /**
+     * The size that was asked for, bytes.
+     */
+    uint64_t requested_bytes;
+    /**
+     * Its tag, NUL-terminated.
+     */
+    char tag[256];
+} tms_allocation_info_t;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * The version as text, for example "0.1.0". Static; never NULL. Any thread.
+ */
+const char *tms_version(void);
+
+/**
+ * The version as a number: major × 65536 + minor × 256 + patch. Any thread.
+ */
+uint32_t tms_version_number(void);
+
+/**
+ * The version of the binary interface of the loaded library. Compare with TMS_ABI_VERSION.
+ * Any thread.
+ */
+uint32_t tms_abi_version(void);
+
+/**
+ * A short English phrase for a status code; "unknown status" for codes that do not exist.
+ * Static; never NULL. Needs no state. Any thread.
+ */
+const char *tms_status_str(int32_t code);
+
+/**
+ * The message of the last failed call on the calling thread, with the argument, address or file
+ * at fault; "" if no call failed. Successful calls do not change it. Owned by the library, valid
+ * until the next failed call on this thread. Never NULL.
+ */
+const char *tms_last_error_message(void);
+
+/**
+ * Sets or removes the callback for log records.
+ *
+ * `callback` may be NULL: then records are no longer delivered, and when the function returns no
+ * call is running. `user` is passed through and may be NULL; it must stay valid until the callback
+ * is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback a process. Any thread, but
+ * not from the callback. Records that nobody fetches fast enough are dropped and counted.
+ *
+ * Returns TMS_OK or TMS_ERR_INVALID_ARGUMENT.
+ */
+int32_t tms_log_set_callback(tms_log_callback_t callback,
+                             void *user,
+                             int32_t level);
+
+/**
+ * Waits until all records raised so far were delivered, at most `timeout_ms` milliseconds. Any
+ * thread, but not from the callback.
+ *
+ * Returns TMS_OK, or TMS_ERR_TIMEOUT.
+ */
+int32_t tms_log_flush(uint32_t timeout_ms);
+
+/**
+ * Number of devices of the default saver's platform.
+ *
+ * `count` receives it; not NULL. Opens the platform on the first call. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, or why no device can be used (TMS_ERR_NO_DEVICE,
+ * TMS_ERR_DEVICE, TMS_ERR_INVALID_ARGUMENT for a bad TMS_DEVICE).
+ */
+int32_t tms_device_count(uint32_t *count);
+
+/**
+ * Describes a device of the default saver's platform and makes it ready.
+ *
+ * `device` is an ordinal, or −1 for the thread's current device. `info` is filled; not NULL, its
+ * struct_size must be set. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT (no such device), or why no
+ * device can be used.
+ */
+int32_t tms_device_info(int32_t device,
+                        tms_device_info_t *info);
+
+/**
+ * Enters a region on the calling thread: until the matching tms_region_pop, its allocations (by
+ * tms_saver_malloc without options, tms_torch_malloc and the cudaMalloc hook) follow `options`.
+ * Regions nest.
+ *
+ * `options`: not NULL; nothing in it is kept.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, or TMS_ERR_INVALID_ARGUMENT naming the field.
+ */
+int32_t tms_region_push(const tms_region_options_t *options);
+
+/**
+ * Leaves the region that the calling thread entered last, and restores exactly what was before.
+ *
+ * Returns TMS_OK, or TMS_ERR_INVALID_ARGUMENT if there is none.
+ */
+int32_t tms_region_pop(void);
+
+/**
+ * Whether the operation has ended. Touches no device and takes no lock that one is waited for with.
+ *
+ * `op`, `done`: not NULL; `done` receives 1 or 0. Any thread.
+ *
+ * Returns TMS_OK or TMS_ERR_NULL_POINTER.
+ */
+int32_t tms_op_poll(const tms_op_t *op,
+                    int32_t *done);
+
+/**
+ * Waits for the end of the operation, at most `timeout_ms` milliseconds (TMS_WAIT_FOREVER: without
+ * a deadline).
+ *
+ * `op`: not NULL. Any thread, several at once.
+ *
+ * Returns the status of the operation, with its message; TMS_ERR_TIMEOUT if it still runs (no
+ * operation ends with that code); TMS_ERR_NULL_POINTER; TMS_ERR_FORKED in a forked child.
+ */
+int32_t tms_op_wait(const tms_op_t *op,
+                    uint64_t timeout_ms);
+
+/**
+ * How far the operation is, in bytes copied to or from backups.
+ *
+ * `op`, `done_bytes`, `total_bytes`: not NULL. The total is 0 until the selection is known, and
+ * stays 0 if nothing has to be copied. Any thread.
+ *
+ * Returns TMS_OK or TMS_ERR_NULL_POINTER.
+ */
+int32_t tms_op_progress(const tms_op_t *op, uint64_t *done_bytes, uint64_t *total_bytes);
+
+/**
+ * What the operation did, once it has ended.
+ *
+ * `op`, `result`: not NULL. Any thread.
+ *
+ * Returns the status of the operation, TMS_ERR_TIMEOUT if it still runs (result is not written),
+ * TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT.
+ */
+int32_t tms_op_result(const tms_op_t *op,
+                      tms_result_t *result);
+
+/**
+ * A descriptor that becomes readable when the operation ends, and stays so: for poll, epoll or an
+ * event loop.
+ *
+ * `op`, `fd`: not NULL. The descriptor belongs to the operation: do not close or read it. Any
+ * thread.
+ *
+ * Returns TMS_OK or TMS_ERR_NULL_POINTER.
+ */
+int32_t tms_op_eventfd(const tms_op_t *op,
+                       int32_t *fd);
+
+/**
+ * Frees the handle. A running operation goes on to its end.
+ *
+ * `op` may be NULL. Returns TMS_OK.
+ */
+int32_t tms_op_free(tms_op_t *op);
+
+/**
+ * Makes a saver with allocations of its own.
+ *
+ * `options` may be NULL. `saver` receives the handle, to be freed with tms_saver_free; not NULL.
+ * Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT, or why no device can be used
+ * (TMS_ERR_NO_DEVICE, TMS_ERR_DEVICE).
+ */
+int32_t tms_saver_create(const tms_saver_options_t *options,
+                         tms_saver_t **saver);
+
+/**
+ * The saver of the process, the one behind the compatible names and the hooks.
+ *
+ * `saver` receives a handle that belongs to the library and is never freed; not NULL. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, or why no device can be used.
+ */
+int32_t tms_saver_default(const tms_saver_t **saver);
+
+/**
+ * Frees a saver and every allocation of it. No other call may use the handle any more.
+ *
+ * `saver` may be NULL. The default saver cannot be freed.
+ *
+ * Returns TMS_OK; TMS_ERR_BUSY while an operation of the saver runs (nothing was freed);
+ * TMS_ERR_INVALID_ARGUMENT for the default saver; TMS_ERR_FORKED.
+ */
+int32_t tms_saver_free(tms_saver_t *saver);
+
+/**
+ * Allocates device memory that can be paused.
+ *
+ * `saver`: not NULL. `bytes`: more than 0; rounded up to the device's granularity (2 MiB on
+ * NVIDIA GPUs). `device`: an ordinal, or −1 for the thread's current device. `options`: how to
+ * treat the allocation; NULL: as the thread's region says, or its defaults outside of one.
+ * `pointer` receives the device address; not NULL; freed with tms_saver_free_memory. New memory
+ * is zeroed by the driver. Any thread.
+ *
+ * Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there or the margin would be
+ * touched; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_UNSUPPORTED (export on a device
+ * that cannot); TMS_ERR_DEVICE.
+ */
+int32_t tms_saver_malloc(const tms_saver_t *saver,
+                         size_t bytes,
+                         int32_t device,
+                         const tms_region_options_t *options,
+                         void **pointer);
+
+/**
+ * Frees an allocation of this saver.
+ *
+ * `pointer` is the address that malloc gave, or NULL. Active memory is freed when all work queued
+ * on its device is done; paused memory at once; memory that an operation works on when that
+ * operation ends. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER (saver), TMS_ERR_NOT_FOUND (not an allocation of this
+ * saver), TMS_ERR_FORKED, TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_saver_free_memory(const tms_saver_t *saver,
+                              void *pointer);
+
+/**
+ * Pauses a selection: secures every backup, then releases the physical memory. Addresses stay.
+ *
+ * All work queued on the affected devices is waited for first. If a backup fails, nothing was
+ * released and all stays active. Pausing what is paused does nothing and is counted. Contents of
+ * allocations without a backup do not survive. Pausing during a stream capture is the caller's
+ * error, refused where it can be seen. Work of other contexts and processes on the memory is the
+ * caller's duty.
+ *
+ * `saver`: not NULL. `options`: NULL selects everything. `result`: may be NULL. Any thread; one
+ * pause or resume of a saver runs at a time, malloc and free do not wait for it.
+ *
+ * Returns TMS_OK; TMS_ERR_PARTIAL (some could not be released and stay active, see result); or an
+ * error after which everything is as before: TMS_ERR_OUT_OF_HOST_MEMORY, TMS_ERR_IO,
+ * TMS_ERR_NO_SPACE, TMS_ERR_NOT_FOUND (a folder), TMS_ERR_EXPORTED, TMS_ERR_CAPTURE,
+ * TMS_ERR_DEVICE, TMS_ERR_DEVICE_LOST, TMS_ERR_INVALID_ARGUMENT, TMS_ERR_NULL_POINTER,
+ * TMS_ERR_FORKED, TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_saver_pause(const tms_saver_t *saver,
+                        const tms_pause_options_t *options,
+                        tms_result_t *result);
+
+/**
+ * Resumes a selection: creates and maps all memory, then loads the contents. When it returns they
+ * are complete for every stream.
+ *
+ * If device memory is short it waits up to options.wait_ms, then everything stays paused and the
+ * call can be repeated. An allocation whose backup cannot be loaded stays paused, with its backup.
+ * Resuming what is active does nothing and is counted.
+ *
+ * Parameters and threads as for tms_saver_pause.
+ *
+ * Returns TMS_OK; TMS_ERR_PARTIAL; TMS_ERR_OUT_OF_DEVICE_MEMORY (all stays paused); the error of
+ * the first allocation if none could be resumed (TMS_ERR_CORRUPT, TMS_ERR_IO, TMS_ERR_DEVICE,
+ * TMS_ERR_DEVICE_LOST); TMS_ERR_INVALID_ARGUMENT; TMS_ERR_NULL_POINTER; TMS_ERR_FORKED;
+ * TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_saver_resume(const tms_saver_t *saver,
+                         const tms_resume_options_t *options,
+                         tms_result_t *result);
+
+/**
+ * tms_saver_pause on a thread of the library.
+ *
+ * `op` receives the operation, to be freed with tms_op_free; not NULL. Nothing in `options` is
+ * kept. Operations of a saver run in the order they were started.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT, TMS_ERR_FORKED,
+ * TMS_ERR_SHUTDOWN, TMS_ERR_IO (no thread or descriptor).
+ */
+int32_t tms_saver_pause_async(const tms_saver_t *saver,
+                              const tms_pause_options_t *options,
+                              tms_op_t **op);
+
+/**
+ * tms_saver_resume on a thread of the library. While it waits for memory, other operations run.
+ *
+ * Parameters and errors as for tms_saver_pause_async.
+ */
+int32_t tms_saver_resume_async(const tms_saver_t *saver,
+                               const tms_resume_options_t *options,
+                               tms_op_t **op);
+
+/**
+ * Bytes and counts, one entry for each tag and device that has allocations, sorted.
+ *
+ * `entries`: array of `capacity` entries, the first with struct_size set; NULL if capacity is 0.
+ * `count` receives how many entries there are, also when fewer fit; not NULL. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT.
+ */
+int32_t tms_saver_stats(const tms_saver_t *saver,
+                        tms_stats_t *entries,
+                        size_t capacity,
+                        size_t *count);
+
+/**
+ * Describes the allocation that contains an address.
+ *
+ * `pointer`: any address inside an allocation of this saver. `info` is filled; not NULL, its
+ * struct_size must be set. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NOT_FOUND, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT.
+ */
+int32_t tms_saver_query(const tms_saver_t *saver,
+                        const void *pointer,
+                        tms_allocation_info_t *info);
+
+/**
+ * Host memory with the backup of a range: of a paused allocation, and of an active one whose
+ * region retains backups. What is written there is what a resume restores; an edit while the
+ * allocation is active is overwritten by the next pause.
+ *
+ * `pointer`, `bytes`: a range inside one allocation. `backup` receives the address; not NULL. The
+ * memory belongs to the library and is valid until the allocation is resumed without retention or
+ * freed. Any thread.
+ *
+ * Returns TMS_OK; TMS_ERR_NOT_FOUND if there is no such backup in host memory;
+ * TMS_ERR_NULL_POINTER.
+ */
+int32_t tms_saver_backup_pointer(const tms_saver_t *saver,
+                                 const void *pointer,
+                                 size_t bytes,
+                                 void **backup);
+
+/**
+ * Sets how much memory of a device malloc leaves free.
+ *
+ * `device`: an ordinal, or −1 for all devices. `bytes`: 0 removes the margin. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT.
+ */
+int32_t tms_saver_set_memory_margin(const tms_saver_t *saver, int32_t device, uint64_t bytes);
+
+/**
+ * A file descriptor of the physical memory of an active allocation of an exportable region, which
+ * another process can import. From then on the allocation cannot be paused: the other side would
+ * keep the old memory.
+ *
+ * `fd` receives the descriptor, which the caller closes; not NULL. `bytes` receives the size of
+ * the memory; may be NULL. Any thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_NOT_FOUND, TMS_ERR_UNSUPPORTED (not exportable),
+ * TMS_ERR_BUSY (not active), TMS_ERR_DEVICE.
+ */
+int32_t tms_saver_export(const tms_saver_t *saver,
+                         const void *pointer,
+                         int32_t *fd,
+                         uint64_t *bytes);
+
+/**
+ * Sets the tag of allocations that the calling thread makes from now on.
+ *
+ * `tag`: 1 to 255 bytes of UTF-8; NULL or "" means "default". A bad tag is logged and ignored.
+ */
+void tms_set_current_tag(const char *tag);
+
+/**
+ * The calling thread's tag. Owned by the library, valid until the thread sets another tag or enters
+ * or leaves a region. Never NULL.
+ */
+const char *tms_get_current_tag(void);
+
+/**
+ * Whether allocations of the calling thread are to be pausable, that is, whether it is in a region.
+ */
+void tms_set_interesting_region(bool enabled);
+
+/**
+ * Whether the calling thread is in a region.
+ */
+bool tms_get_interesting_region(void);
+
+/**
+ * Whether allocations of the calling thread keep their contents in host memory while paused.
+ */
+void tms_set_enable_cpu_backup(bool enabled);
+
+/**
+ * See tms_set_enable_cpu_backup.
+ */
+bool tms_get_enable_cpu_backup(void);
+
+/**
+ * Which host memory the calling thread's allocations are kept in: "pinned" or "mmap". Anything
+ * else is logged and ignored.
+ */
+void tms_set_cpu_backup_backend(const char *name);
+
+/**
+ * The calling thread's host backend. Owned by the library, valid until the thread sets another or
+ * enters or leaves a region. Never NULL.
+ */
+const char *tms_get_cpu_backup_backend(void);
+
+/**
+ * Whether allocations of the calling thread keep their contents in files while paused. Not
+ * together with host memory: an allocation that asks for both is refused with a message.
+ */
+void tms_set_enable_disk_backup(bool enabled);
+
+/**
+ * See tms_set_enable_disk_backup.
+ */
+bool tms_get_enable_disk_backup(void);
+
+/**
+ * The folder of file backups made from now on, for the process. NULL or "": TMS_DISK_BACKUP_DIR,
+ * else the system's temporary folder.
+ */
+void tms_set_disk_backup_dir(const char *folder);
+
+/**
+ * Whether backups in host memory stay after a resume, at the same address in every cycle, for
+ * regions that do not say. For the process; decided when a resume ends.
+ */
+void tms_set_retain_cpu_backup(bool retain);
+
+/**
+ * See tms_set_retain_cpu_backup. Initially what TMS_RETAIN_CPU_BACKUP says.
+ */
+bool tms_get_retain_cpu_backup(void);
+
+/**
+ * Pauses the allocations of the default saver with a tag. See tms_saver_pause.
+ *
+ * `tag`: NULL or "" selects all. A process that never allocated has nothing to pause: success.
+ *
+ * Returns TMS_OK or the error of tms_saver_pause; a failure is logged, and aborts the process if
+ * TMS_ON_ERROR=abort.
+ */
+int tms_pause(const char *tag);
+
+/**
+ * Resumes the allocations of the default saver with a tag. See tms_saver_resume.
+ *
+ * `tag`: NULL or "" selects all. Waits for device memory as long as TMS_RESUME_WAIT_MS says,
+ * 60,000 ms if unset; after that everything stays paused and the call can be repeated.
+ *
+ * Returns TMS_OK or the error of tms_saver_resume; a failure is logged, and aborts the process if
+ * TMS_ON_ERROR=abort.
+ */
+int tms_resume(const char *tag);
+
+/**
+ * Host memory with the backup of `size` bytes at the device address `gpu`, NULL if there is none.
+ * See tms_saver_backup_pointer.
+ */
+uint8_t *tms_get_cpu_backup_pointer(const uint8_t *gpu,
+                                    uint64_t size);
+
+/**
+ * For hooks: allocates from the default saver as the calling thread's region, or its defaults, say.
+ *
+ * `pointer` receives the address; not NULL. `bytes`: more than 0. `device`: an ordinal, or −1.
+ *
+ * Returns what tms_saver_malloc returns.
+ */
+int tms_hook_malloc(void **pointer,
+                    size_t bytes,
+                    int device);
+
+/**
+ * For hooks: frees an allocation of the default saver. While `stream` (a CUstream, NULL for the
+ * legacy stream) is being captured, the release is put off.
+ *
+ * Returns TMS_OK; TMS_ERR_NOT_FOUND if the pointer is not ours: it belongs to the real runtime;
+ * TMS_ERR_FORKED; TMS_ERR_SHUTDOWN.
+ */
+int tms_hook_free(void *pointer, void *stream);
+
+/**
+ * For hooks: whether a pointer lies in pinned memory of the default saver.
+ */
+bool tms_hook_is_pinned(const void *pointer);
+
+/**
+ * For hooks: how many bytes of every device allocations of the default saver leave free.
+ *
+ * Returns TMS_OK, or why no device can be used.
+ */
+int tms_hook_set_memory_margin(uint64_t bytes);
+
+/**
+ * The malloc of PyTorch's CUDAPluggableAllocator. Inside or outside a region, the allocation
+ * follows the calling thread's settings.
+ *
+ * `size`: bytes, rounded up to 2 MiB on NVIDIA GPUs. `device`: ordinal. `stream`: not used.
+ *
+ * Returns the device address, or NULL on any failure; then PyTorch empties its cache and tries
+ * again, and tms_last_error_message tells why.
+ */
+void *tms_torch_malloc(ptrdiff_t size, int device, void *stream);
+
+/**
+ * The free of PyTorch's CUDAPluggableAllocator. Any thread, in or outside a region, also while the
+ * interpreter shuts down.
+ *
+ * `pointer`: from tms_torch_malloc, or NULL. `size`, `device`: not used. `stream`: if it is being
+ * captured, the release is put off.
+ */
+void tms_torch_free(void *pointer,
+                    ptrdiff_t size,
+                    int device,
+                    void *stream);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* TMS_H */

@@ -1,0 +1,727 @@
+//! Address ranges whose physical memory can be taken away and put back.
+//!
+//! A [`Saver`] owns allocations. [`Saver::pause`] secures what must be kept, then releases the
+//! physical memory of a selection; [`Saver::resume`] puts memory and contents back at the same
+//! addresses. Two locks: the lock of the state (table and residues) is held for moments and never
+//! across device work; the lock of operations is held by one pause or resume at a time and never by
+//! `malloc` or `free`.
+
+mod op;
+mod pause;
+pub mod region;
+mod residue;
+mod resume;
+pub mod table;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use crate::backup::{BackupBackend, Discard, Ticket};
+use crate::device::{self, Address, CreateOptions, Device, Physical, Platform, round_up};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::process;
+use crate::transfer::{ArenaUse, Engine};
+
+pub use op::Op;
+pub use region::Region;
+pub use table::State;
+
+use residue::Residue;
+use table::{Freed, Record, Table};
+
+/// What belongs to one allocation besides its place and state.
+#[derive(Clone)]
+struct Allocation {
+    device: Arc<dyn Device>,
+    region: Arc<Region>,
+    physical: Option<Physical>,
+    stored: Option<Stored>,
+    /// A descriptor was handed out, so others may hold the memory.
+    exported: bool,
+}
+
+/// A backup and where it is.
+#[derive(Clone)]
+struct Stored {
+    backend: Arc<dyn BackupBackend>,
+    ticket: Arc<dyn Ticket>,
+    /// The contents are complete; false for a place that is only kept for the next pause.
+    complete: bool,
+}
+
+impl Stored {
+    fn discard(self, why: Discard) {
+        self.backend.discard(self.ticket, why);
+    }
+}
+
+#[derive(Default)]
+struct Held {
+    table: Table<Allocation>,
+    /// Device memory and addresses whose release failed or had to be put off.
+    residues: Vec<Residue>,
+    margins: BTreeMap<u32, u64>,
+    margin_of_all: u64,
+}
+
+struct Inner {
+    engine: Engine,
+    /// Protects the book-keeping; never held across a device call.
+    held: Mutex<Held>,
+    /// Serialises pause and resume; taken before `held`, never by malloc or free.
+    turn: Mutex<()>,
+    service: op::Service,
+}
+
+/// Owns allocations on the devices of one platform. Cheap to clone; all clones are the same saver.
+#[derive(Clone)]
+pub struct Saver {
+    inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Saver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Saver on {}", self.inner.engine.platform().kind())
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if process::check().is_err() {
+            return;
+        }
+        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let mut residues = std::mem::take(&mut held.residues);
+        for (address, record) in held.table.drain() {
+            let mut residue =
+                Residue::reserved(Arc::clone(&record.payload.device), address, record.bytes);
+            residue.physical = record.payload.physical;
+            residue.mapped = record.payload.physical.is_some();
+            residue.unsettled = residue.mapped;
+            if let Some(stored) = record.payload.stored {
+                stored.discard(Discard::Freed);
+            }
+            residues.push(residue);
+        }
+        for mut residue in residues {
+            residue.clear();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Which allocations to pause and what to keep of them.
+#[derive(Clone, Debug, Default)]
+pub struct PauseOptions {
+    tags: Option<Vec<String>>,
+    backup: Option<String>,
+    skip_exported: bool,
+}
+
+impl PauseOptions {
+    pub fn all() -> Self {
+        Self::default()
+    }
+
+    pub fn tags<T: Into<String>>(tags: impl IntoIterator<Item = T>) -> Self {
+        PauseOptions {
+            tags: Some(tags.into_iter().map(Into::into).collect()),
+            ..Self::default()
+        }
+    }
+
+    /// Overrides what the regions say: a backend, or `"none"` to drop the contents.
+    pub fn with_backup(mut self, name: &str) -> Self {
+        self.backup = Some(name.to_string());
+        self
+    }
+
+    /// Leaves exported allocations active instead of refusing the call.
+    pub fn with_skip_exported(mut self, skip: bool) -> Self {
+        self.skip_exported = skip;
+        self
+    }
+}
+
+/// Which allocations to resume.
+#[derive(Clone, Debug, Default)]
+pub struct ResumeOptions {
+    tags: Option<Vec<String>>,
+    wait: Duration,
+}
+
+impl ResumeOptions {
+    pub fn all() -> Self {
+        Self::default()
+    }
+
+    pub fn tags<T: Into<String>>(tags: impl IntoIterator<Item = T>) -> Self {
+        ResumeOptions {
+            tags: Some(tags.into_iter().map(Into::into).collect()),
+            ..Self::default()
+        }
+    }
+
+    /// How long to wait for device memory that somebody else is about to release.
+    pub fn with_wait(mut self, wait: Duration) -> Self {
+        self.wait = wait;
+        self
+    }
+}
+
+/// One allocation that an operation could not bring where it should be.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    pub address: Address,
+    pub bytes: u64,
+    pub error: Error,
+}
+
+/// What an operation did, whether it succeeded or not.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// Allocations that changed state.
+    pub done_count: u64,
+    pub done_bytes: u64,
+    /// Bytes copied to or from backups.
+    pub copied_bytes: u64,
+    /// Allocations of the selection that were already in the wanted state.
+    pub unchanged_count: u64,
+    /// Released bytes that did not become free on the device: held by another reference.
+    pub shortfall_bytes: u64,
+    pub failures: Vec<Failure>,
+}
+
+/// The end of a pause or resume.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    pub status: Result<()>,
+    pub summary: Summary,
+}
+
+impl Outcome {
+    fn failed(error: Error) -> Outcome {
+        Outcome {
+            status: Err(error),
+            summary: Summary::default(),
+        }
+    }
+
+    /// The status follows from the failures: none, some (*partial*), or all.
+    fn from_summary(verb: &str, summary: Summary) -> Outcome {
+        let status = match summary.failures.first() {
+            None => Ok(()),
+            Some(first) if summary.done_count == 0 => Err(first.error.clone()),
+            Some(first) => Err(Error::new(
+                ErrorKind::Partial,
+                format!(
+                    "{verb}: {} of {} allocations failed, the first at {:#x}: {}",
+                    summary.failures.len(),
+                    summary.failures.len() as u64 + summary.done_count,
+                    first.address,
+                    first.error
+                ),
+            )),
+        };
+        Outcome { status, summary }
+    }
+}
+
+/// Bytes and counts of one tag on one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TagStats {
+    pub tag: Arc<str>,
+    pub device: u32,
+    pub active_count: u64,
+    pub active_bytes: u64,
+    pub paused_count: u64,
+    pub paused_bytes: u64,
+    /// Bytes of complete backups, of paused and of active allocations.
+    pub backed_bytes: u64,
+}
+
+/// One allocation, as seen from outside.
+#[derive(Clone, Debug)]
+pub struct AllocationInfo {
+    pub base: Address,
+    pub bytes: u64,
+    pub requested: u64,
+    pub tag: Arc<str>,
+    pub device: u32,
+    pub state: State,
+    pub backed: bool,
+    pub exported: bool,
+}
+
+static DEFAULT: OnceLock<Saver> = OnceLock::new();
+static DEFAULT_OPENING: Mutex<()> = Mutex::new(());
+
+impl Saver {
+    pub fn new(platform: Arc<dyn Platform>) -> Result<Saver> {
+        Ok(Saver {
+            inner: Arc::new(Inner {
+                engine: Engine::new(platform)?,
+                held: Mutex::default(),
+                turn: Mutex::default(),
+                service: op::Service::default(),
+            }),
+        })
+    }
+
+    /// The saver of the process, on the platform `TMS_DEVICE` asks for. Only success is
+    /// remembered: a driver that appears later is found.
+    pub fn process_default() -> Result<&'static Saver> {
+        if let Some(saver) = DEFAULT.get() {
+            return Ok(saver);
+        }
+        process::check()?;
+        let _opening = lock(&DEFAULT_OPENING);
+        if let Some(saver) = DEFAULT.get() {
+            return Ok(saver);
+        }
+        let saver = Saver::new(device::open_from_environment()?)?;
+        Ok(DEFAULT.get_or_init(|| saver))
+    }
+
+    /// The saver of the process if there is one already. Never opens a device.
+    pub fn existing_default() -> Option<&'static Saver> {
+        DEFAULT.get()
+    }
+
+    pub fn platform(&self) -> &Arc<dyn Platform> {
+        self.inner.engine.platform()
+    }
+
+    /// Pinned host memory of this saver.
+    pub fn arena_use(&self) -> ArenaUse {
+        self.inner.engine.arena().usage()
+    }
+
+    /// Whether `pointer` lies in pinned memory of this saver.
+    pub fn is_pinned(&self, pointer: usize) -> bool {
+        self.inner.engine.arena().contains(pointer)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        lock(&self.inner.held)
+    }
+
+    /// Bytes of `device` (all devices for `None`) that malloc leaves free.
+    pub fn set_memory_margin(&self, device: Option<u32>, bytes: u64) {
+        let mut held = self.held();
+        match device {
+            Some(ordinal) => {
+                held.margins.insert(ordinal, bytes);
+            }
+            None => {
+                held.margins.clear();
+                held.margin_of_all = bytes;
+            }
+        }
+    }
+
+    /// Allocates `bytes` on `device` (the thread's current one for `None`).
+    ///
+    /// [`ErrorKind::OutOfDeviceMemory`] if the device cannot give the memory or the margin would
+    /// be touched.
+    pub fn malloc(&self, bytes: u64, device: Option<u32>, region: &Region) -> Result<Address> {
+        process::watch();
+        process::check()?;
+        region.check()?;
+        if bytes == 0 {
+            return Err(Error::invalid("bytes", "must not be 0"));
+        }
+        let ordinal = device.unwrap_or_else(|| self.platform().current_device());
+        let device = self.platform().device(ordinal)?;
+        // The first allocation makes everything a pause needs on the device.
+        self.inner.engine.streams(&device)?;
+        let rounded = round_up(bytes, device.info().granularity)
+            .filter(|&rounded| rounded <= i64::MAX as u64)
+            .ok_or_else(|| Error::invalid("bytes", format_args!("{bytes} is too large")))?;
+        if region.exportable && !device.info().can_export {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "memory of this device cannot be exported",
+            ));
+        }
+        let outcome = self.allocate(&device, rounded, region);
+        let (address, physical) = match outcome {
+            Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory && self.has_residues() => {
+                // Our own left-overs are the only cache there is to empty.
+                self.drain_residues();
+                self.allocate(&device, rounded, region)?
+            }
+            other => other?,
+        };
+        region::count_allocation();
+        let record = Record {
+            bytes: rounded,
+            requested: bytes,
+            tag: Arc::clone(&region.tag),
+            state: State::Active,
+            freed: false,
+            payload: Allocation {
+                device,
+                region: Arc::new(region.clone()),
+                physical: Some(physical),
+                stored: None,
+                exported: false,
+            },
+        };
+        self.held().table.insert(address, record);
+        Ok(address)
+    }
+
+    fn allocate(
+        &self,
+        device: &Arc<dyn Device>,
+        bytes: u64,
+        region: &Region,
+    ) -> Result<(Address, Physical)> {
+        let ordinal = device.info().ordinal;
+        let margin = {
+            let held = self.held();
+            held.margins
+                .get(&ordinal)
+                .copied()
+                .unwrap_or(held.margin_of_all)
+        };
+        if margin > 0 {
+            let free = device.memory()?.free;
+            if free < bytes.saturating_add(margin) {
+                return Err(Error::new(
+                    ErrorKind::OutOfDeviceMemory,
+                    format!(
+                        "{bytes} bytes on device {ordinal}: {free} are free and {margin} must stay free"
+                    ),
+                ));
+            }
+        }
+        let address = device.reserve(bytes)?;
+        let mut residue = Residue::reserved(Arc::clone(device), address, bytes);
+        let made = Self::back(device, address, bytes, region, &mut residue);
+        match made {
+            Ok(physical) => Ok((address, physical)),
+            Err(error) => {
+                self.clear_or_keep(residue);
+                Err(error.context(format_args!(
+                    "allocating {bytes} bytes on device {ordinal} for tag \"{}\"",
+                    region.tag
+                )))
+            }
+        }
+    }
+
+    /// Creates, maps and opens physical memory, noting every step in `residue`.
+    fn back(
+        device: &Arc<dyn Device>,
+        address: Address,
+        bytes: u64,
+        region: &Region,
+        residue: &mut Residue,
+    ) -> Result<Physical> {
+        let options = CreateOptions {
+            exportable: region.exportable,
+        };
+        let physical = device.create(bytes, options)?;
+        residue.physical = Some(physical);
+        device.map(address, bytes, physical)?;
+        residue.mapped = true;
+        device.set_access(address, bytes, Self::peers(device, region))?;
+        Ok(physical)
+    }
+
+    fn peers<'a>(device: &'a Arc<dyn Device>, region: &Region) -> &'a [u32] {
+        if region.peer_access {
+            &device.info().peers
+        } else {
+            &[]
+        }
+    }
+
+    /// Waits for all queued work that could reach the allocation.
+    fn synchronize(&self, allocation: &Allocation) -> Result<()> {
+        allocation.device.synchronize()?;
+        for &peer in Self::peers(&allocation.device, &allocation.region) {
+            if let Some(device) = self.platform().device_in_use(peer) {
+                device.synchronize()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Frees the allocation that begins at `address`.
+    ///
+    /// Memory that is active is synchronised with first; memory that is paused makes no device
+    /// wait; memory that an operation works on is freed by that operation.
+    pub fn free(&self, address: Address) -> Result<()> {
+        self.free_on_stream(address, None)
+    }
+
+    /// Like [`Self::free`]. While `stream` is being captured, the release is put off.
+    pub fn free_on_stream(&self, address: Address, stream: Option<u64>) -> Result<()> {
+        process::check()?;
+        let freed = self.held().table.free(address);
+        match freed {
+            Freed::Unknown => Err(Error::new(
+                ErrorKind::NotFound,
+                format!("no allocation begins at {address:#x}"),
+            )),
+            Freed::Marked => Ok(()),
+            Freed::Removed(record) => {
+                self.give_back(address, *record, stream);
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether `address` is the beginning of an allocation of this saver.
+    pub fn owns(&self, address: Address) -> bool {
+        self.held()
+            .table
+            .find(address, 0)
+            .is_some_and(|(base, _)| base == address)
+    }
+
+    /// Gives back everything of an allocation that is out of the table.
+    fn give_back(&self, address: Address, record: Record<Allocation>, stream: Option<u64>) {
+        let bytes = record.bytes;
+        let allocation = record.payload;
+        let mut residue = Residue::reserved(Arc::clone(&allocation.device), address, bytes);
+        residue.physical = allocation.physical;
+        residue.mapped = allocation.physical.is_some();
+        if residue.mapped {
+            let capturing = stream
+                .is_some_and(|stream| allocation.device.is_capturing(stream).unwrap_or(false));
+            if capturing {
+                residue.unsettled = true;
+            } else if let Err(error) = self.synchronize(&allocation) {
+                if error.kind() != ErrorKind::DeviceLost {
+                    residue.unsettled = true;
+                }
+                tracing::debug!("the release of {address:#x} is put off: {error}");
+            }
+        }
+        if let Some(stored) = allocation.stored {
+            stored.discard(Discard::Freed);
+        }
+        self.clear_or_keep(residue);
+    }
+
+    /// Clears a residue now, or keeps it for the next call.
+    fn clear_or_keep(&self, mut residue: Residue) {
+        {
+            // An earlier failure may have left something mapped at the same address; the
+            // addresses can only go after it.
+            let mut held = self.held();
+            if residue.unreserve
+                && let Some(earlier) = held
+                    .residues
+                    .iter_mut()
+                    .find(|earlier| earlier.address == residue.address)
+            {
+                earlier.unreserve = true;
+                residue.unreserve = false;
+            }
+        }
+        if !residue.clear() {
+            self.held().residues.push(residue);
+        }
+    }
+
+    fn has_residues(&self) -> bool {
+        !self.held().residues.is_empty()
+    }
+
+    /// Tries again to release what could not be released before.
+    fn drain_residues(&self) {
+        let residues = std::mem::take(&mut self.held().residues);
+        for mut residue in residues {
+            if !residue.clear() {
+                self.held().residues.push(residue);
+            }
+        }
+    }
+
+    /// Host memory with the backup of `bytes` bytes at `pointer`, if there is a complete one.
+    pub fn backup_pointer(&self, pointer: Address, bytes: u64) -> Option<NonNull<u8>> {
+        let held = self.held();
+        let (base, record) = held.table.find(pointer, bytes)?;
+        let stored = record.payload.stored.as_ref()?;
+        if !stored.complete {
+            return None;
+        }
+        let start = stored.ticket.read_pointer()?;
+        // SAFETY: `find` checked that the offset lies inside the allocation, and the backup has
+        // the same length.
+        Some(unsafe { start.add((pointer - base) as usize) })
+    }
+
+    pub fn query(&self, pointer: Address) -> Option<AllocationInfo> {
+        let held = self.held();
+        let (base, record) = held.table.find(pointer, 0)?;
+        Some(AllocationInfo {
+            base,
+            bytes: record.bytes,
+            requested: record.requested,
+            tag: Arc::clone(&record.tag),
+            device: record.payload.device.info().ordinal,
+            state: record.state,
+            backed: record
+                .payload
+                .stored
+                .as_ref()
+                .is_some_and(|stored| stored.complete),
+            exported: record.payload.exported,
+        })
+    }
+
+    /// One entry for each tag and device, sorted.
+    pub fn stats(&self) -> Vec<TagStats> {
+        let held = self.held();
+        let mut stats: BTreeMap<(Arc<str>, u32), TagStats> = BTreeMap::new();
+        for (_, record) in held.table.iter() {
+            let device = record.payload.device.info().ordinal;
+            let entry = stats
+                .entry((Arc::clone(&record.tag), device))
+                .or_insert_with(|| TagStats {
+                    tag: Arc::clone(&record.tag),
+                    device,
+                    active_count: 0,
+                    active_bytes: 0,
+                    paused_count: 0,
+                    paused_bytes: 0,
+                    backed_bytes: 0,
+                });
+            match record.state {
+                State::Active | State::Pausing => {
+                    entry.active_count += 1;
+                    entry.active_bytes += record.bytes;
+                }
+                State::Paused | State::Resuming => {
+                    entry.paused_count += 1;
+                    entry.paused_bytes += record.bytes;
+                }
+            }
+            if let Some(stored) = &record.payload.stored
+                && stored.complete
+            {
+                entry.backed_bytes += stored.ticket.bytes();
+            }
+        }
+        stats.into_values().collect()
+    }
+
+    /// A descriptor of the physical memory of an active, exportable allocation, and its size. From
+    /// then on the allocation cannot be paused: others hold its memory.
+    pub fn export(&self, pointer: Address) -> Result<(std::os::fd::OwnedFd, u64)> {
+        process::check()?;
+        let (base, bytes, device, physical) = {
+            let mut held = self.held();
+            let (base, record) = held
+                .table
+                .find(pointer, 0)
+                .ok_or_else(|| unknown(pointer))?;
+            let allocation = &record.payload;
+            if !allocation.region.exportable {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("{base:#x} was not allocated in an exportable region"),
+                ));
+            }
+            let physical = match (record.state, allocation.physical) {
+                (State::Active, Some(physical)) => physical,
+                _ => return Err(not_active(base)),
+            };
+            let found = (base, record.bytes, Arc::clone(&allocation.device), physical);
+            // Marked first: a pause that begins now must see it.
+            if let Some(record) = held.table.get_mut(base) {
+                record.payload.exported = true;
+            }
+            found
+        };
+        let descriptor = device
+            .export(physical)
+            .context(|| format!("exporting {base:#x}"))?;
+        Ok((descriptor, bytes))
+    }
+
+    fn active_span(&self, address: Address, bytes: usize) -> Result<Arc<dyn Device>> {
+        let held = self.held();
+        let (base, record) = held
+            .table
+            .find(address, bytes as u64)
+            .ok_or_else(|| unknown(address))?;
+        if record.state != State::Active {
+            return Err(not_active(base));
+        }
+        Ok(Arc::clone(&record.payload.device))
+    }
+
+    /// Copies device memory of an active allocation to the host and waits. Pausing or freeing it
+    /// meanwhile is the caller's error.
+    pub fn read(&self, address: Address, into: &mut [u8]) -> Result<()> {
+        process::check()?;
+        let device = self.active_span(address, into.len())?;
+        self.inner.engine.read(&device, address, into)
+    }
+
+    /// Copies host memory into an active allocation and waits. Pausing or freeing it meanwhile is
+    /// the caller's error.
+    pub fn write(&self, address: Address, from: &[u8]) -> Result<()> {
+        process::check()?;
+        let device = self.active_span(address, from.len())?;
+        self.inner.engine.write(&device, address, from)
+    }
+
+    /// Frees every allocation. [`ErrorKind::Busy`] while an operation runs.
+    pub fn close(&self) -> Result<()> {
+        process::check()?;
+        let _turn = match self.inner.turn.try_lock() {
+            Ok(turn) => turn,
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(std::sync::TryLockError::WouldBlock) => {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    "an operation of the saver is running",
+                ));
+            }
+        };
+        if self.inner.service.busy() {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "an operation of the saver is queued",
+            ));
+        }
+        let addresses: Vec<Address> = {
+            let held = self.held();
+            held.table.iter().map(|(address, _)| address).collect()
+        };
+        for address in addresses {
+            // Another thread may have freed it first, which is as good.
+            let _ = self.free(address);
+        }
+        self.drain_residues();
+        Ok(())
+    }
+}
+
+fn unknown(pointer: Address) -> Error {
+    Error::new(
+        ErrorKind::NotFound,
+        format!("{pointer:#x} is in no allocation, or the range leaves it"),
+    )
+}
+
+fn not_active(base: Address) -> Error {
+    Error::new(
+        ErrorKind::Busy,
+        format!("the allocation at {base:#x} is not active: resume it first"),
+    )
+}

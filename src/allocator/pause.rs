@@ -1,0 +1,359 @@
+//! Taking physical memory away: secure every backup, then, as one batch, unmap and release.
+
+use std::sync::Arc;
+
+use super::table::State;
+use super::{
+    Allocation, Failure, Op, Outcome, PauseOptions, Residue, Saver, Stored, Summary, lock,
+};
+use crate::backup::{self, BackupBackend, Discard, StoreItem};
+use crate::device::{Address, Device};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::process;
+use crate::transfer::{Control, Span, devices_of};
+
+/// Other processes take and give memory too, so a smaller shortfall says nothing.
+const SHORTFALL_NOISE: u64 = 32 << 20;
+
+/// One allocation of a pause.
+struct Item {
+    address: Address,
+    bytes: u64,
+    allocation: Allocation,
+    /// Where its contents go, `None` if they are dropped.
+    backend: Option<Arc<dyn BackupBackend>>,
+    /// The new backup.
+    stored: Option<Stored>,
+}
+
+impl Item {
+    fn span(&self) -> Span {
+        Span {
+            device: Arc::clone(&self.allocation.device),
+            address: self.address,
+            bytes: self.bytes,
+        }
+    }
+}
+
+impl Saver {
+    /// Pauses a selection. All backups are complete before the first byte is released; if one
+    /// fails, everything stays active. After that point each allocation that cannot be unmapped
+    /// stays active and is listed.
+    pub fn pause(&self, options: &PauseOptions) -> Outcome {
+        self.pause_controlled(options, &Arc::default())
+    }
+
+    /// [`Self::pause`] on a thread of the library.
+    pub fn pause_async(&self, options: &PauseOptions) -> Result<Op> {
+        self.check_pause(options)?;
+        let (saver, options) = (self.clone(), options.clone());
+        self.inner
+            .service
+            .submit(move |control| Some(saver.pause_controlled(&options, control)))
+    }
+
+    fn check_pause(&self, options: &PauseOptions) -> Result<()> {
+        match options.backup.as_deref() {
+            None | Some("none") => Ok(()),
+            Some(name) => backup::by_name(name).map(|_| ()),
+        }
+    }
+
+    fn pause_controlled(&self, options: &PauseOptions, control: &Arc<Control>) -> Outcome {
+        let _running = match process::Running::start() {
+            Ok(running) => running,
+            Err(error) => return Outcome::failed(error),
+        };
+        let _turn = lock(&self.inner.turn);
+        self.inner.engine.drain_quarantine();
+        self.drain_residues();
+        let (mut items, unchanged_count) = match self.select_active(options) {
+            Ok(selected) => selected,
+            Err(error) => return Outcome::failed(error),
+        };
+        let mut outcome = match self.secure(&mut items, control) {
+            Ok(()) => self.commit(items),
+            Err(error) => {
+                self.stay_active(items);
+                Outcome::failed(error.context("pause"))
+            }
+        };
+        outcome.summary.unchanged_count = unchanged_count;
+        outcome
+    }
+
+    fn select_active(&self, options: &PauseOptions) -> Result<(Vec<Item>, u64)> {
+        self.check_pause(options)?;
+        let mut held = self.held();
+        let selection = held.table.select(
+            options.tags.as_deref(),
+            State::Active,
+            State::Pausing,
+            |address, record| match record.payload.exported {
+                true if options.skip_exported => Ok(false),
+                true => Err(Error::new(
+                    ErrorKind::Exported,
+                    format!(
+                        "pause: the allocation at {address:#x} (tag \"{}\") is exported; releasing it would \
+                         free nothing and leave the other side with stale memory",
+                        record.tag
+                    ),
+                )),
+                false => Ok(true),
+            },
+        )?;
+        let mut items = Vec::with_capacity(selection.addresses.len());
+        for address in selection.addresses {
+            let Some(record) = held.table.get_mut(address) else {
+                continue;
+            };
+            let name = match options.backup.as_deref() {
+                None => record.payload.region.backup.as_deref(),
+                Some("none") => None,
+                Some(name) => Some(name),
+            };
+            items.push(Item {
+                address,
+                bytes: record.bytes,
+                allocation: record.payload.clone(),
+                // Names were checked when the region and the options were made.
+                backend: name.and_then(|name| backup::by_name(name).ok()),
+                stored: None,
+            });
+        }
+        Ok((items, selection.unchanged))
+    }
+
+    /// Waits for queued work, then stores what must be kept. On an error nothing new is kept.
+    fn secure(&self, items: &mut [Item], control: &Arc<Control>) -> Result<()> {
+        let total = items
+            .iter()
+            .filter(|item| item.backend.is_some())
+            .map(|item| item.bytes)
+            .sum();
+        control
+            .total
+            .store(total, std::sync::atomic::Ordering::Relaxed);
+        self.synchronize_all(items)?;
+        let stored = self
+            .store_all(items, control)
+            .and_then(|()| control.check());
+        if stored.is_err() {
+            for item in items.iter_mut() {
+                // A place from before belongs to the record, which keeps it.
+                if let Some(stored) = item.stored.take()
+                    && !is_place_of(&item.allocation, &stored)
+                {
+                    stored.discard(Discard::Resumed);
+                }
+            }
+        }
+        stored
+    }
+
+    /// Every device that may have work queued on the selection is waited for once.
+    fn synchronize_all(&self, items: &[Item]) -> Result<()> {
+        let mut done: Vec<u32> = Vec::new();
+        let mut wait = |device: &Arc<dyn Device>| -> Result<()> {
+            let ordinal = device.info().ordinal;
+            if !done.contains(&ordinal) {
+                device.synchronize()?;
+                done.push(ordinal);
+            }
+            Ok(())
+        };
+        for item in items {
+            let device = &item.allocation.device;
+            wait(device)?;
+            for &peer in Self::peers(device, &item.allocation.region) {
+                if let Some(peer) = self.platform().device_in_use(peer) {
+                    wait(&peer)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores backend by backend, all devices of one at once.
+    fn store_all(&self, items: &mut [Item], control: &Arc<Control>) -> Result<()> {
+        for name in backup::NAMES {
+            let chosen: Vec<usize> = (0..items.len())
+                .filter(|&index| {
+                    let backend = items[index].backend.as_ref();
+                    backend.is_some_and(|backend| backend.name() == name)
+                })
+                .collect();
+            let Some(&first) = chosen.first() else {
+                continue;
+            };
+            let Some(backend) = items[first].backend.clone() else {
+                continue;
+            };
+            let requests: Vec<StoreItem> = chosen
+                .iter()
+                .map(|&index| {
+                    let item = &items[index];
+                    let previous = item.allocation.stored.as_ref();
+                    StoreItem {
+                        span: item.span(),
+                        previous: previous
+                            .filter(|stored| stored.backend.name() == name)
+                            .map(|stored| Arc::clone(&stored.ticket)),
+                        directory: item.allocation.region.directory.clone(),
+                    }
+                })
+                .collect();
+            self.doubt_places(&chosen, items);
+            let tickets = backend
+                .store(&self.inner.engine, &requests, control)
+                .context(|| format!("backup \"{name}\""))?;
+            for (&index, ticket) in chosen.iter().zip(tickets) {
+                items[index].stored = Some(Stored {
+                    backend: Arc::clone(&backend),
+                    ticket,
+                    complete: true,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// From here on the old contents of places that are used again cannot be relied on.
+    fn doubt_places(&self, chosen: &[usize], items: &[Item]) {
+        let mut held = self.held();
+        for &index in chosen {
+            if let Some(record) = held.table.get_mut(items[index].address)
+                && let Some(stored) = &mut record.payload.stored
+            {
+                stored.complete = false;
+            }
+        }
+    }
+
+    /// Nothing was released: every allocation is active again.
+    fn stay_active(&self, items: Vec<Item>) {
+        for item in items {
+            let freed = self.held().table.finish(item.address, State::Active);
+            if let Some(record) = freed {
+                self.give_back(item.address, record, None);
+            }
+        }
+    }
+
+    /// Unmaps and releases. From here on it only goes forward.
+    fn commit(&self, items: Vec<Item>) -> Outcome {
+        let devices = devices_of(items.iter().map(Item::span).collect::<Vec<_>>().iter());
+        let before = free_bytes(&devices);
+        let mut summary = Summary::default();
+        let mut released = 0;
+        let mut finished = Vec::with_capacity(items.len());
+        for item in items {
+            let mut residue = Residue::reserved(
+                Arc::clone(&item.allocation.device),
+                item.address,
+                item.bytes,
+            );
+            residue.unreserve = false;
+            residue.physical = item.allocation.physical;
+            let device = &item.allocation.device;
+            let state = match device.unmap(item.address, item.bytes) {
+                Ok(()) => {
+                    if residue.clear() {
+                        released += item.bytes;
+                    } else {
+                        summary.failures.push(Failure {
+                            address: item.address,
+                            bytes: item.bytes,
+                            error: Error::new(
+                                ErrorKind::Device,
+                                "paused, but its memory could not be released yet; the next call tries again",
+                            ),
+                        });
+                    }
+                    summary.done_count += 1;
+                    summary.done_bytes += item.bytes;
+                    State::Paused
+                }
+                Err(error) => {
+                    summary.failures.push(Failure {
+                        address: item.address,
+                        bytes: item.bytes,
+                        error: error.context("stays active"),
+                    });
+                    State::Active
+                }
+            };
+            if item.stored.is_some() {
+                summary.copied_bytes += item.bytes;
+            }
+            finished.push((item, state, residue));
+        }
+        summary.shortfall_bytes = shortfall(&before, &free_bytes(&devices), released);
+        for (item, state, residue) in finished {
+            self.settle_paused(item, state, residue);
+        }
+        Outcome::from_summary("pause", summary)
+    }
+
+    /// Writes the end of a pause into the table.
+    fn settle_paused(&self, item: Item, state: State, residue: Residue) {
+        let mut held = self.held();
+        if residue.physical.is_some() && state == State::Paused {
+            held.residues.push(residue);
+        }
+        let mut outdated = None;
+        if let Some(record) = held.table.get_mut(item.address) {
+            let payload = &mut record.payload;
+            if state == State::Paused {
+                payload.physical = None;
+            }
+            outdated = match &item.stored {
+                Some(new) if is_place_of(payload, new) => None,
+                _ => payload.stored.take(),
+            };
+            // Without a backup the contents are gone, and with them every older copy.
+            payload.stored = item.stored;
+        }
+        let freed = held.table.finish(item.address, state);
+        drop(held);
+        if let Some(outdated) = outdated {
+            outdated.discard(Discard::Freed);
+        }
+        if let Some(record) = freed {
+            self.give_back(item.address, record, None);
+        }
+    }
+}
+
+/// Whether a backup lies in the place that the allocation had before.
+fn is_place_of(allocation: &Allocation, stored: &Stored) -> bool {
+    allocation
+        .stored
+        .as_ref()
+        .is_some_and(|before| Arc::ptr_eq(&before.ticket, &stored.ticket))
+}
+
+/// Free bytes of all devices together, `None` if one does not tell.
+fn free_bytes(devices: &[Arc<dyn Device>]) -> Option<u64> {
+    devices
+        .iter()
+        .map(|device| device.memory().ok().map(|memory| memory.free))
+        .sum()
+}
+
+/// Released bytes that did not become free.
+fn shortfall(before: &Option<u64>, after: &Option<u64>, released: u64) -> u64 {
+    let (Some(before), Some(after)) = (before, after) else {
+        return 0;
+    };
+    let missing = released.saturating_sub(after.saturating_sub(*before));
+    if missing <= SHORTFALL_NOISE {
+        return 0;
+    }
+    tracing::warn!(
+        "{missing} of {released} released bytes did not become free: held by another reference \
+         (exported, peer-mapped or registered memory), or taken by another process meanwhile"
+    );
+    missing
+}

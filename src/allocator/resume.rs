@@ -1,0 +1,293 @@
+//! Putting memory and contents back: create and map everything first, then copy.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::table::State;
+use super::{
+    Allocation, Failure, Op, Outcome, Residue, ResumeOptions, Saver, Stored, Summary, lock, region,
+};
+use crate::backup::{self, Discard, LoadItem};
+use crate::device::Address;
+use crate::error::{ErrorKind, Result};
+use crate::process;
+use crate::transfer::{Control, Span};
+
+/// First and longest pause between two looks at the free memory of a device.
+const SHORTEST_NAP: Duration = Duration::from_millis(1);
+const LONGEST_NAP: Duration = Duration::from_millis(50);
+
+/// One allocation of a resume.
+struct Item {
+    address: Address,
+    bytes: u64,
+    allocation: Allocation,
+    /// What was created and mapped for it so far.
+    residue: Residue,
+    result: Result<()>,
+}
+
+/// Waits between attempts, for longer each time.
+struct Patience {
+    deadline: Instant,
+    nap: Duration,
+}
+
+impl Patience {
+    fn new(wait: Duration) -> Patience {
+        let now = Instant::now();
+        Patience {
+            // A wait beyond what the clock can express is as good as a day.
+            deadline: now
+                .checked_add(wait)
+                .unwrap_or(now + Duration::from_secs(86_400)),
+            nap: SHORTEST_NAP,
+        }
+    }
+
+    /// How long to sleep before the next attempt, `None` when the time is up.
+    fn next(&mut self) -> Option<Duration> {
+        let left = self.deadline.checked_duration_since(Instant::now())?;
+        if left.is_zero() {
+            return None;
+        }
+        let nap = self.nap.min(left);
+        self.nap = (self.nap * 2).min(LONGEST_NAP);
+        Some(nap)
+    }
+}
+
+fn short_of_memory(outcome: &Outcome) -> bool {
+    matches!(&outcome.status, Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory)
+}
+
+impl Saver {
+    /// Resumes a selection. If device memory is short, waits as the options say; then everything
+    /// stays paused and the call can be repeated. An allocation whose contents cannot be loaded
+    /// stays paused and is listed.
+    pub fn resume(&self, options: &ResumeOptions) -> Outcome {
+        let control = Arc::default();
+        let mut patience = Patience::new(options.wait);
+        loop {
+            // Between attempts nothing is held, so that a pause that would free memory can run.
+            let outcome = self.resume_once(options, &control);
+            if !short_of_memory(&outcome) {
+                return outcome;
+            }
+            match patience.next() {
+                Some(nap) => std::thread::sleep(nap),
+                None => return outcome,
+            }
+        }
+    }
+
+    /// [`Self::resume`] on a thread of the library.
+    pub fn resume_async(&self, options: &ResumeOptions) -> Result<Op> {
+        let (saver, options) = (self.clone(), options.clone());
+        let mut patience = Patience::new(options.wait);
+        self.inner.service.submit(move |control| {
+            let outcome = saver.resume_once(&options, control);
+            if short_of_memory(&outcome)
+                && let Some(nap) = patience.next()
+            {
+                std::thread::sleep(nap);
+                return None;
+            }
+            Some(outcome)
+        })
+    }
+
+    fn resume_once(&self, options: &ResumeOptions, control: &Arc<Control>) -> Outcome {
+        let _running = match process::Running::start() {
+            Ok(running) => running,
+            Err(error) => return Outcome::failed(error),
+        };
+        let _turn = lock(&self.inner.turn);
+        self.inner.engine.drain_quarantine();
+        self.drain_residues();
+        let (mut items, unchanged_count) = self.select_paused(options);
+        let mut outcome = match self.back_all(&mut items) {
+            Ok(()) => {
+                self.load_all(&mut items, control);
+                self.finish(items)
+            }
+            Err(error) => {
+                for item in items {
+                    self.stay_paused(item);
+                }
+                Outcome::failed(error.context("resume"))
+            }
+        };
+        outcome.summary.unchanged_count = unchanged_count;
+        outcome
+    }
+
+    fn select_paused(&self, options: &ResumeOptions) -> (Vec<Item>, u64) {
+        let mut held = self.held();
+        let all = |_: u64, _: &_| Ok::<bool, std::convert::Infallible>(true);
+        let Ok(selection) =
+            held.table
+                .select(options.tags.as_deref(), State::Paused, State::Resuming, all);
+        let mut items = Vec::with_capacity(selection.addresses.len());
+        for address in selection.addresses {
+            let Some(record) = held.table.get_mut(address) else {
+                continue;
+            };
+            let device = Arc::clone(&record.payload.device);
+            let mut residue = Residue::reserved(device, address, record.bytes);
+            residue.unreserve = false;
+            items.push(Item {
+                address,
+                bytes: record.bytes,
+                allocation: record.payload.clone(),
+                residue,
+                result: Ok(()),
+            });
+        }
+        (items, selection.unchanged)
+    }
+
+    /// Creates everything, then maps everything: a shortage shows before the first mapping.
+    fn back_all(&self, items: &mut [Item]) -> Result<()> {
+        let needed: u64 = items.iter().map(|item| item.bytes).sum();
+        for item in items.iter_mut() {
+            process::check()?;
+            let region = &item.allocation.region;
+            let options = crate::device::CreateOptions {
+                exportable: region.exportable,
+            };
+            let device = &item.allocation.device;
+            let physical = device.create(item.bytes, options).map_err(|error| {
+                if error.kind() != ErrorKind::OutOfDeviceMemory {
+                    return error;
+                }
+                let free = device.memory().map_or(0, |memory| memory.free);
+                error.context(format_args!(
+                    "tag \"{}\" needs {needed} bytes in all, about {free} are free now ({} bytes short); \
+                     release memory or pause something else, then resume again",
+                    region.tag(),
+                    item.bytes.saturating_sub(free).max(1),
+                ))
+            })?;
+            item.residue.physical = Some(physical);
+        }
+        for item in items.iter_mut() {
+            let device = &item.allocation.device;
+            let Some(physical) = item.residue.physical else {
+                continue;
+            };
+            device.map(item.address, item.bytes, physical)?;
+            item.residue.mapped = true;
+            let peers = Self::peers(device, &item.allocation.region);
+            device.set_access(item.address, item.bytes, peers)?;
+        }
+        Ok(())
+    }
+
+    /// Loads backend by backend, all devices of one at once.
+    fn load_all(&self, items: &mut [Item], control: &Arc<Control>) {
+        let backed = |item: &Item| item.allocation.stored.is_some();
+        let total = items
+            .iter()
+            .filter(|item| backed(item))
+            .map(|item| item.bytes)
+            .sum();
+        control.total.store(total, Ordering::Relaxed);
+        control.done.store(0, Ordering::Relaxed);
+        for name in backup::NAMES {
+            let mut chosen = Vec::new();
+            let mut loads = Vec::new();
+            let mut backend = None;
+            for (index, item) in items.iter().enumerate() {
+                let Some(stored) = &item.allocation.stored else {
+                    continue;
+                };
+                if stored.backend.name() == name {
+                    chosen.push(index);
+                    backend = Some(Arc::clone(&stored.backend));
+                    loads.push(LoadItem {
+                        span: Span {
+                            device: Arc::clone(&item.allocation.device),
+                            address: item.address,
+                            bytes: item.bytes,
+                        },
+                        ticket: Arc::clone(&stored.ticket),
+                    });
+                }
+            }
+            let Some(backend) = backend else { continue };
+            let results = backend.load(&self.inner.engine, &loads, control);
+            for (index, result) in chosen.into_iter().zip(results) {
+                items[index].result = result;
+            }
+        }
+    }
+
+    /// Makes active what is complete; takes the memory of the rest away again.
+    fn finish(&self, items: Vec<Item>) -> Outcome {
+        let mut summary = Summary::default();
+        for mut item in items {
+            match std::mem::replace(&mut item.result, Ok(())) {
+                Ok(()) => {
+                    summary.done_count += 1;
+                    summary.done_bytes += item.bytes;
+                    if item.allocation.stored.is_some() {
+                        summary.copied_bytes += item.bytes;
+                    }
+                    self.become_active(item);
+                }
+                Err(error) => {
+                    summary.failures.push(Failure {
+                        address: item.address,
+                        bytes: item.bytes,
+                        error: error.context(format_args!(
+                            "allocation {:#x} (tag \"{}\") stays paused",
+                            item.address,
+                            item.allocation.region.tag()
+                        )),
+                    });
+                    // A copy that failed may have left others of it on their way.
+                    item.residue.unsettled = true;
+                    self.stay_paused(item);
+                }
+            }
+        }
+        Outcome::from_summary("resume", summary)
+    }
+
+    fn become_active(&self, item: Item) {
+        let mut held = self.held();
+        let mut unneeded = None;
+        if let Some(record) = held.table.get_mut(item.address) {
+            let payload = &mut record.payload;
+            payload.physical = item.residue.physical;
+            let retain = payload.region.retain.unwrap_or_else(region::retain);
+            match &mut payload.stored {
+                Some(stored) if retain && stored.ticket.read_pointer().is_some() => {}
+                Some(stored) if stored.backend.reuses_place() => stored.complete = false,
+                _ => unneeded = payload.stored.take(),
+            }
+        }
+        let address = item.address;
+        let freed = held.table.finish(address, State::Active);
+        drop(held);
+        // The item has a reference of its own, which would keep the backup alive.
+        drop(item);
+        if let Some(unneeded) = unneeded {
+            Stored::discard(unneeded, Discard::Resumed);
+        }
+        if let Some(record) = freed {
+            self.give_back(address, record, None);
+        }
+    }
+
+    fn stay_paused(&self, item: Item) {
+        let address = item.address;
+        self.clear_or_keep(item.residue);
+        let freed = self.held().table.finish(address, State::Paused);
+        if let Some(record) = freed {
+            self.give_back(address, record, None);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Backups in ordinary host memory: slower than pinned memory, but the system can swap it out and
+//! it is gone from the process as soon as it is resumed.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::{BackupBackend, Discard, LoadItem, StoreItem, Ticket, own};
+use crate::error::{Error, ErrorKind, Result};
+use crate::transfer::staging::{self, Sink, Source};
+use crate::transfer::{Control, Engine, Span, headroom};
+
+pub struct MmapBackend;
+
+/// A private anonymous mapping, unmapped with its last reference.
+struct MmapTicket {
+    pointer: NonNull<u8>,
+    bytes: u64,
+}
+
+// SAFETY: the mapping belongs to the ticket; nothing about it depends on the thread.
+unsafe impl Send for MmapTicket {}
+// SAFETY: concurrent writers use disjoint parts, see `Places`.
+unsafe impl Sync for MmapTicket {}
+
+impl MmapTicket {
+    fn new(bytes: u64) -> Result<MmapTicket> {
+        let length = usize::try_from(bytes)
+            .map_err(|_| Error::invalid("size", "does not fit the address space"))?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let raw = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        let pointer = NonNull::new(raw.cast::<u8>())
+            .filter(|_| raw != libc::MAP_FAILED)
+            .ok_or_else(|| {
+                Error::last_os(format_args!("mapping {bytes} bytes of host memory"))
+                    .with_kind(ErrorKind::OutOfHostMemory)
+            })?;
+        // SAFETY: advice about the mapping just made; refusal changes nothing but speed.
+        unsafe { libc::madvise(raw, length, libc::MADV_HUGEPAGE) };
+        Ok(MmapTicket { pointer, bytes })
+    }
+}
+
+impl Drop for MmapTicket {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length; the last reference is going.
+        unsafe { libc::munmap(self.pointer.as_ptr().cast(), self.bytes as usize) };
+    }
+}
+
+impl Ticket for MmapTicket {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn read_pointer(&self) -> Option<NonNull<u8>> {
+        Some(self.pointer)
+    }
+}
+
+/// The mappings of one store or load, by span.
+struct Places(Vec<Arc<dyn Ticket>>);
+
+impl Places {
+    /// The `length` bytes that begin `offset` bytes into mapping `index`.
+    fn place(&self, index: usize, offset: u64, length: usize) -> Result<*mut u8> {
+        let ticket = own::<MmapTicket>(&self.0[index])?;
+        if offset + length as u64 > ticket.bytes {
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "a piece outside its backup",
+            ));
+        }
+        // SAFETY: checked above to lie inside the mapping.
+        Ok(unsafe { ticket.pointer.as_ptr().add(offset as usize) })
+    }
+}
+
+impl Sink for Places {
+    fn write(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        let place = self.place(index, offset, bytes.len())?;
+        // SAFETY: in bounds; pieces do not overlap each other or the staging slot.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Source for Places {
+    fn read(&self, index: usize, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let place = self.place(index, offset, bytes.len())?;
+        // SAFETY: in bounds; the mapping and the staging slot do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(place, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+}
+
+impl BackupBackend for MmapBackend {
+    fn name(&self) -> &'static str {
+        "mmap"
+    }
+
+    fn store(
+        &self,
+        engine: &Engine,
+        items: &[StoreItem],
+        control: &Arc<Control>,
+    ) -> Result<Vec<Arc<dyn Ticket>>> {
+        let fresh: u64 = items
+            .iter()
+            .filter(|item| item.previous.is_none())
+            .map(|item| item.span.bytes)
+            .sum();
+        if let Some(headroom) = headroom()
+            && fresh > headroom
+        {
+            return Err(Error::new(
+                ErrorKind::OutOfHostMemory,
+                format!(
+                    "mmap backup of {fresh} bytes: only {headroom} bytes of host memory are left"
+                ),
+            ));
+        }
+        let mut tickets: Vec<Arc<dyn Ticket>> = Vec::with_capacity(items.len());
+        for item in items {
+            tickets.push(match &item.previous {
+                Some(previous) => Arc::clone(previous),
+                None => Arc::new(MmapTicket::new(item.span.bytes)?),
+            });
+        }
+        let spans: Vec<Span> = items.iter().map(|item| item.span.clone()).collect();
+        let sink: Arc<dyn Sink> = Arc::new(Places(tickets.clone()));
+        staging::drain(engine, &spans, &sink, control)?;
+        Ok(tickets)
+    }
+
+    fn load(&self, engine: &Engine, items: &[LoadItem], control: &Arc<Control>) -> Vec<Result<()>> {
+        let spans: Vec<Span> = items.iter().map(|item| item.span.clone()).collect();
+        let places = items.iter().map(|item| Arc::clone(&item.ticket)).collect();
+        let source: Arc<dyn Source> = Arc::new(Places(places));
+        staging::fill(engine, &spans, &source, control)
+    }
+
+    fn discard(&self, ticket: Arc<dyn Ticket>, _why: Discard) {
+        drop(ticket);
+    }
+}

@@ -1,0 +1,27 @@
+//! The border: the only place with `extern "C"`, raw pointers from callers and C types.
+//!
+//! One file per C object. Bodies stand inside [`fence::fence`]; arguments are checked by the
+//! functions of [`argument`]; functions of the process-wide state begin with `forward!`, because
+//! two copies of the library may meet in one process.
+
+mod argument;
+pub mod compat;
+mod device;
+mod fence;
+mod forward;
+mod log;
+mod memcache;
+mod op;
+mod region;
+mod saver;
+mod status;
+mod torch;
+
+pub use device::*;
+pub use log::*;
+pub use memcache::*;
+pub use op::*;
+pub use region::*;
+pub use saver::*;
+pub use status::*;
+pub use torch::*;

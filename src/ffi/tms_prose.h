@@ -1,0 +1,44 @@
+/*
+ * tms.h - pause and resume GPU memory without losing it.
+ *
+ * Allocations carry a tag. A pause copies what must be kept to a backup, then releases the physical
+ * memory of all allocations with a tag; their addresses stay reserved, so every pointer, tensor and
+ * CUDA graph stays valid. A resume puts memory and contents back.
+ *
+ * Ownership
+ *   Handles (tms_saver_t, tms_op_t) are made by one function and freed by one; freeing NULL does
+ *   nothing. Strings that go in are copied. Strings that come out belong to the library and are
+ *   valid as long as their function says. Memory from malloc functions is freed by the matching
+ *   free function of the same saver.
+ *
+ * Threads
+ *   Every function may be called from any thread. A handle that is passed as const may be used by
+ *   many threads at once; a function that takes it without const ends it. Regions and the message
+ *   of the last error belong to the calling thread.
+ *
+ * Errors
+ *   Functions return an int32_t: 0 (TMS_OK) for success, negative for an error. Out-parameters are
+ *   written only on success unless the function says otherwise. tms_last_error_message() tells what
+ *   went wrong and names the argument, address or file at fault. Nothing here ends the process,
+ *   prints to stdout, or installs a signal handler.
+ *
+ * Structs
+ *   Structs that may grow begin with struct_size. Zero-fill them and set it to sizeof the struct, so
+ *   that programs built against an older header keep working.
+ *
+ * Devices
+ *   TMS_DEVICE=auto (default), cuda or host chooses where the default saver works. "host" needs no
+ *   GPU: device memory is memory of this machine. Nothing is probed before the first allocation.
+ *
+ * fork and exit
+ *   A child forked after the first allocation gets TMS_ERR_FORKED from every function that needs a
+ *   device; exec is fine. Once exit has begun no driver is called any more: functions return
+ *   TMS_ERR_SHUTDOWN.
+ *
+ * What a pause does not see
+ *   Contents without a backup are gone: new physical memory is cleared by the driver, and handles
+ *   are never kept for reuse. That guarantee covers memory of this library only. Memory that is
+ *   registered elsewhere (RDMA, NCCL buffers of captured graphs, peer mappings made outside of a
+ *   region with peer access) keeps its old pages there and goes stale. Work of other CUDA contexts
+ *   and other processes on the memory must be finished by the caller.
+ */

@@ -1,0 +1,559 @@
+//! Pinned host memory for backups and staging, in chunks that outlive a single pause.
+//!
+//! Pinning memory costs far more than copying into it, so blocks come from chunks that were
+//! populated and registered once, by several threads, slice by slice: a copy into the first slice
+//! can start while the last one is still being populated. This file knows nothing about what the
+//! bytes mean.
+
+use std::collections::BTreeMap;
+use std::ptr::NonNull;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::limits;
+use super::workers::Workers;
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+
+/// A slice is populated and registered as one; also the size of a chunk shared by small blocks.
+/// Large enough for the bus (32 MiB is), small enough to start copying early.
+pub const SLICE: usize = 64 << 20;
+
+/// Blocks begin at multiples of this: a huge page, so that a chunk of small blocks has no holes.
+const ALIGNMENT: usize = 2 << 20;
+
+const PAGE: usize = 4096;
+
+#[derive(Clone, Debug)]
+enum Slice {
+    Pending,
+    Ready,
+    Failed(ErrorKind, String),
+}
+
+struct Chunk {
+    bytes: usize,
+    /// Free ranges by offset; neighbours are merged.
+    free: BTreeMap<usize, usize>,
+    used: usize,
+    /// Registered on their own, so that the first can be used while the last is populated.
+    slices: Vec<Slice>,
+    /// The device whose context registered the memory, and must unregister it.
+    device: Arc<dyn Device>,
+}
+
+impl Chunk {
+    fn pending(&self) -> bool {
+        self.slices
+            .iter()
+            .any(|slice| matches!(slice, Slice::Pending))
+    }
+
+    fn failed(&self) -> bool {
+        self.slices
+            .iter()
+            .any(|slice| matches!(slice, Slice::Failed(..)))
+    }
+
+    fn take(&mut self, bytes: usize) -> Option<usize> {
+        let (&offset, &length) = self.free.iter().find(|&(_, &length)| length >= bytes)?;
+        self.free.remove(&offset);
+        if length > bytes {
+            self.free.insert(offset + bytes, length - bytes);
+        }
+        self.used += bytes;
+        Some(offset)
+    }
+
+    fn give(&mut self, mut offset: usize, mut bytes: usize) {
+        self.used -= bytes;
+        if let Some(next) = self.free.remove(&(offset + bytes)) {
+            bytes += next;
+        }
+        if let Some((&before, &length)) = self.free.range(..offset).next_back()
+            && before + length == offset
+        {
+            offset = before;
+            bytes += length;
+        }
+        self.free.insert(offset, bytes);
+    }
+}
+
+#[derive(Default)]
+struct State {
+    /// Chunks by base address.
+    chunks: BTreeMap<usize, Chunk>,
+    pinned: usize,
+}
+
+struct Inner {
+    /// Protects the book-keeping; never held while memory is populated, registered or released.
+    state: Mutex<State>,
+    changed: Condvar,
+    workers: Arc<Workers>,
+    limit: usize,
+    keep: usize,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (base, chunk) in std::mem::take(&mut state.chunks) {
+            release_memory(base, &chunk);
+        }
+    }
+}
+
+/// The arena of one platform.
+#[derive(Clone)]
+pub struct Arena {
+    inner: Arc<Inner>,
+}
+
+/// Bytes of the arena.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArenaUse {
+    /// Registered or being registered.
+    pub pinned: u64,
+    /// Part of it that holds backups or staging.
+    pub used: u64,
+}
+
+fn lock(inner: &Inner) -> MutexGuard<'_, State> {
+    inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Arena {
+    /// `limit` bounds all pinned bytes, `keep` what stays pinned while nothing uses it.
+    pub fn new(workers: Arc<Workers>, limit: u64, keep: u64) -> Arena {
+        let clip = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        Arena {
+            inner: Arc::new(Inner {
+                state: Mutex::default(),
+                changed: Condvar::new(),
+                workers,
+                limit: clip(limit),
+                keep: clip(keep),
+            }),
+        }
+    }
+
+    /// One block for each size. Either all are given or none; nothing is touched before the limits
+    /// are checked. Blocks of new chunks become ready in the background: see [`Block::pieces`].
+    pub fn allocate(&self, device: &Arc<dyn Device>, sizes: &[u64]) -> Result<Vec<Block>> {
+        let mut blocks = Vec::with_capacity(sizes.len());
+        let mut remaining = 0usize;
+        let mut rounded = Vec::with_capacity(sizes.len());
+        for &bytes in sizes {
+            let bytes = usize::try_from(bytes)
+                .ok()
+                .and_then(|bytes| bytes.max(1).checked_next_multiple_of(PAGE))
+                .ok_or_else(|| Error::invalid("size", "does not fit the address space"))?;
+            remaining = remaining
+                .checked_add(bytes)
+                .ok_or_else(|| Error::invalid("size", "the sum does not fit the address space"))?;
+            rounded.push(bytes);
+        }
+        for bytes in rounded {
+            blocks.push(self.allocate_one(device, bytes, remaining)?);
+            remaining -= bytes;
+        }
+        Ok(blocks)
+    }
+
+    fn allocate_one(
+        &self,
+        device: &Arc<dyn Device>,
+        bytes: usize,
+        remaining: usize,
+    ) -> Result<Block> {
+        let mut state = lock(&self.inner);
+        let found = state.chunks.iter_mut().find_map(|(&base, chunk)| {
+            if chunk.failed() {
+                return None;
+            }
+            chunk.take(bytes).map(|offset| (base, offset))
+        });
+        let (base, offset) = match found {
+            Some(place) => place,
+            None => {
+                let wanted = bytes.max(remaining.min(SLICE)).next_multiple_of(ALIGNMENT);
+                (self.grow(&mut state, device, wanted, bytes)?, 0)
+            }
+        };
+        let pointer = NonNull::new((base + offset) as *mut u8)
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "a chunk at address 0"))?;
+        Ok(Block {
+            arena: self.clone(),
+            base,
+            offset,
+            bytes,
+            pointer,
+        })
+    }
+
+    /// Maps a chunk of `bytes`, its first `used` bytes taken, and has it populated and registered.
+    fn grow(
+        &self,
+        state: &mut State,
+        device: &Arc<dyn Device>,
+        bytes: usize,
+        used: usize,
+    ) -> Result<usize> {
+        if state.pinned.saturating_add(bytes) > self.inner.limit {
+            return Err(Error::new(
+                ErrorKind::OutOfHostMemory,
+                format!(
+                    "pinning {bytes} more bytes would exceed TMS_PINNED_LIMIT ({} bytes, {} in use)",
+                    self.inner.limit, state.pinned
+                ),
+            ));
+        }
+        // What is pending was promised but is not yet taken from the system's figures.
+        let promised: usize = state
+            .chunks
+            .values()
+            .map(|chunk| {
+                let pending = chunk
+                    .slices
+                    .iter()
+                    .filter(|slice| matches!(slice, Slice::Pending));
+                pending.count() * SLICE.min(chunk.bytes)
+            })
+            .sum();
+        if let Some(headroom) = limits::headroom()
+            && (bytes as u64).saturating_add(promised as u64) > headroom
+        {
+            return Err(Error::new(
+                ErrorKind::OutOfHostMemory,
+                format!(
+                    "pinning {bytes} more bytes: only {headroom} bytes of host memory are left"
+                ),
+            ));
+        }
+        let base = map_anonymous(bytes)?;
+        let slices = vec![Slice::Pending; bytes.div_ceil(SLICE)];
+        let count = slices.len();
+        let free = match bytes - used {
+            0 => BTreeMap::new(),
+            rest => BTreeMap::from([(used, rest)]),
+        };
+        state.chunks.insert(
+            base,
+            Chunk {
+                bytes,
+                free,
+                used,
+                slices,
+                device: Arc::clone(device),
+            },
+        );
+        state.pinned += bytes;
+        for index in 0..count {
+            let arena = self.clone();
+            let device = Arc::clone(device);
+            let length = SLICE.min(bytes - index * SLICE);
+            self.inner.workers.submit(move || {
+                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    populate_and_register(&*device, base + index * SLICE, length)
+                }))
+                .unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "pinning panicked")));
+                let outcome = match result {
+                    Ok(()) => Slice::Ready,
+                    Err(error) => Slice::Failed(error.kind(), error.to_string()),
+                };
+                let mut state = lock(&arena.inner);
+                if let Some(chunk) = state.chunks.get_mut(&base) {
+                    chunk.slices[index] = outcome;
+                }
+                drop(state);
+                arena.inner.changed.notify_all();
+            });
+        }
+        Ok(base)
+    }
+
+    /// Waits until the slice `index` of the chunk at `base` can be used.
+    fn wait(&self, base: usize, index: usize) -> Result<()> {
+        let mut state = lock(&self.inner);
+        loop {
+            let slice = state
+                .chunks
+                .get(&base)
+                .and_then(|chunk| chunk.slices.get(index));
+            match slice {
+                Some(Slice::Ready) => return Ok(()),
+                Some(Slice::Failed(kind, message)) => {
+                    return Err(Error::new(*kind, message.clone()));
+                }
+                Some(Slice::Pending) => {
+                    state = self
+                        .inner
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                None => return Err(Error::new(ErrorKind::Internal, "the chunk is gone")),
+            }
+        }
+    }
+
+    /// Takes a block back. With `now`, a chunk that thereby is empty is unregistered before this
+    /// returns; otherwise it may stay pinned for the next use, up to the limit.
+    fn give_back(&self, base: usize, offset: usize, bytes: usize, now: bool) {
+        let mut state = lock(&self.inner);
+        let Some(chunk) = state.chunks.get_mut(&base) else {
+            return;
+        };
+        chunk.give(offset, bytes);
+        if chunk.used > 0 {
+            return;
+        }
+        let failed = chunk.failed();
+        if now || failed {
+            while state.chunks.get(&base).is_some_and(Chunk::pending) {
+                state = self
+                    .inner
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            // Somebody else may have taken a block, or the chunk, while this thread waited.
+            if state.chunks.get(&base).is_some_and(|chunk| chunk.used == 0) {
+                let chunk = state.chunks.remove(&base);
+                drop(state);
+                self.release(base, chunk);
+            }
+            return;
+        }
+        drop(state);
+        self.trim_to(self.inner.keep);
+    }
+
+    /// Unpins idle chunks, in the background, until at most `keep` bytes are idle.
+    pub fn trim_to(&self, keep: usize) {
+        let mut state = lock(&self.inner);
+        let mut idle: usize = state
+            .chunks
+            .values()
+            .filter(|chunk| chunk.used == 0)
+            .map(|chunk| chunk.bytes)
+            .sum();
+        while idle > keep {
+            let candidate = state
+                .chunks
+                .iter()
+                .find(|(_, chunk)| chunk.used == 0 && !chunk.pending())
+                .map(|(&base, _)| base);
+            let Some(base) = candidate else { break };
+            let chunk = state.chunks.remove(&base);
+            idle -= chunk.as_ref().map_or(0, |chunk| chunk.bytes);
+            let arena = self.clone();
+            self.inner
+                .workers
+                .submit(move || arena.release(base, chunk));
+        }
+    }
+
+    /// Unregisters and unmaps a chunk that is in nobody's table any more.
+    fn release(&self, base: usize, chunk: Option<Chunk>) {
+        let Some(chunk) = chunk else { return };
+        let bytes = chunk.bytes;
+        if release_memory(base, &chunk) {
+            lock(&self.inner).pinned -= bytes;
+        }
+    }
+
+    pub fn usage(&self) -> ArenaUse {
+        let state = lock(&self.inner);
+        ArenaUse {
+            pinned: state.pinned as u64,
+            used: state.chunks.values().map(|chunk| chunk.used as u64).sum(),
+        }
+    }
+
+    /// Whether `pointer` lies in registered memory of this arena.
+    pub fn contains(&self, pointer: usize) -> bool {
+        let state = lock(&self.inner);
+        state
+            .chunks
+            .range(..=pointer)
+            .next_back()
+            .is_some_and(|(base, chunk)| {
+                pointer - base < chunk.bytes
+                    && matches!(chunk.slices[(pointer - base) / SLICE], Slice::Ready)
+            })
+    }
+}
+
+/// Pinned memory that belongs to one owner, given back when dropped.
+pub struct Block {
+    arena: Arena,
+    base: usize,
+    offset: usize,
+    bytes: usize,
+    pointer: NonNull<u8>,
+}
+
+// SAFETY: the pointer refers to memory that the block owns; nothing in it depends on the thread.
+unsafe impl Send for Block {}
+// SAFETY: a shared block only tells its address and length.
+unsafe impl Sync for Block {}
+
+/// A part of a block that lies in one registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// From the beginning of the block, bytes.
+    pub offset: usize,
+    pub bytes: usize,
+    slice: usize,
+}
+
+impl Block {
+    pub fn pointer(&self) -> NonNull<u8> {
+        self.pointer
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The parts of the first `bytes` bytes, each within one registration: a copy across two of
+    /// them is not pinned for the driver.
+    pub fn pieces(&self, bytes: usize) -> impl Iterator<Item = Piece> + use<> {
+        let start = self.offset;
+        let end = start + bytes.min(self.bytes);
+        let mut at = start;
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let slice = at / SLICE;
+            let stop = ((slice + 1) * SLICE).min(end);
+            let piece = Piece {
+                offset: at - start,
+                bytes: stop - at,
+                slice,
+            };
+            at = stop;
+            Some(piece)
+        })
+    }
+
+    /// Waits until the piece is populated and registered.
+    pub fn wait(&self, piece: Piece) -> Result<()> {
+        self.arena.wait(self.base, piece.slice)
+    }
+
+    /// Gives the block back; if its chunk is empty then, it is unregistered before this returns.
+    pub fn release_now(self) {
+        self.arena
+            .give_back(self.base, self.offset, self.bytes, true);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.arena
+            .give_back(self.base, self.offset, self.bytes, false);
+    }
+}
+
+/// Unregisters and unmaps; false if the driver kept the memory, which then stays mapped, because
+/// unmapping registered memory would leave the driver with dangling pages.
+fn release_memory(base: usize, chunk: &Chunk) -> bool {
+    if crate::process::check().is_err() {
+        return false;
+    }
+    let mut released = true;
+    for (index, slice) in chunk.slices.iter().enumerate() {
+        if !matches!(slice, Slice::Ready) {
+            continue;
+        }
+        let pointer = (base + index * SLICE) as *mut u8;
+        // SAFETY: the chunk has no block, so no copy uses it, and it was registered here.
+        let unregister = || unsafe { chunk.device.unregister_host(pointer) };
+        // A call that failed has changed nothing, so it is worth one repetition.
+        if let Err(error) = unregister().or_else(|_| unregister()) {
+            tracing::warn!("pinned memory stays pinned: {error}");
+            released = false;
+        }
+    }
+    if released {
+        // SAFETY: mapped by `map_anonymous`, and nothing refers to it any more.
+        unsafe { libc::munmap(base as *mut libc::c_void, chunk.bytes) };
+    }
+    released
+}
+
+/// Reserves zero-filled private memory, aligned for huge pages, without touching it.
+fn map_anonymous(bytes: usize) -> Result<usize> {
+    let span = bytes + ALIGNMENT;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let raw = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            span,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    if raw == libc::MAP_FAILED {
+        return Err(
+            Error::last_os(format_args!("mapping {bytes} bytes of host memory"))
+                .with_kind(ErrorKind::OutOfHostMemory),
+        );
+    }
+    let start = raw as usize;
+    let base = start.next_multiple_of(ALIGNMENT);
+    // SAFETY: head and tail belong to the mapping just made and lie outside the aligned part. A
+    // failure only leaves addresses reserved.
+    unsafe {
+        if base > start {
+            libc::munmap(raw, base - start);
+        }
+        let tail = start + span - (base + bytes);
+        if tail > 0 {
+            libc::munmap((base + bytes) as *mut libc::c_void, tail);
+        }
+        libc::madvise(base as *mut libc::c_void, bytes, libc::MADV_HUGEPAGE);
+        // A forked child must neither see nor copy what a device writes to.
+        libc::madvise(base as *mut libc::c_void, bytes, libc::MADV_DONTFORK);
+    }
+    Ok(base)
+}
+
+/// Makes every page present. Refusal by the kernel is an error, not a signal.
+pub(super) fn populate(base: usize, bytes: usize) -> Result<()> {
+    // SAFETY: the range is mapped, private and writable; populating does not change its contents.
+    let result =
+        unsafe { libc::madvise(base as *mut libc::c_void, bytes, libc::MADV_POPULATE_WRITE) };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    if error.raw_os_error() != Some(libc::EINVAL) {
+        return Err(Error::io(
+            format_args!("populating {bytes} bytes of host memory"),
+            error,
+        )
+        .with_kind(ErrorKind::OutOfHostMemory));
+    }
+    // Kernels before 5.14 do not know the advice.
+    for offset in (0..bytes).step_by(PAGE) {
+        let page = (base + offset) as *mut u8;
+        // SAFETY: inside the mapped range; the page is fresh, so writing 0 changes nothing.
+        unsafe { page.write_volatile(0) };
+    }
+    Ok(())
+}
+
+fn populate_and_register(device: &dyn Device, base: usize, bytes: usize) -> Result<()> {
+    populate(base, bytes)?;
+    // SAFETY: the chunk stays mapped until it was unregistered, see `release`.
+    unsafe { device.register_host(base as *mut u8, bytes) }
+        .map_err(|error| error.context(format_args!("pinning {bytes} bytes of host memory")))
+}

@@ -1,0 +1,236 @@
+//! How bytes move between devices and host memory: streams, pinned memory, staging, threads.
+//!
+//! One [`Engine`] serves one platform. It knows spans of device memory and places in host memory;
+//! what a span means, and when it may be copied, is decided above.
+
+pub mod arena;
+mod limits;
+pub(crate) use limits::headroom;
+pub mod staging;
+mod streams;
+mod workers;
+
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use arena::{Arena, ArenaUse, Block};
+pub use streams::{Settled, Streams};
+pub use workers::{Batch, Workers};
+
+use crate::config;
+use crate::device::{Address, Device, DeviceKind, Direction, Platform};
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a resume without retention keeps pinned for the next pause, unless `TMS_PINNED_KEEP` says
+/// otherwise.
+const DEFAULT_KEEP: u64 = 16 << 30;
+
+/// A range of device memory.
+#[derive(Clone, Debug)]
+pub struct Span {
+    pub device: Arc<dyn Device>,
+    pub address: Address,
+    pub bytes: u64,
+}
+
+/// Watched and steered from outside while bytes move.
+#[derive(Debug, Default)]
+pub struct Control {
+    pub done: AtomicU64,
+    pub total: AtomicU64,
+    pub cancelled: AtomicBool,
+}
+
+impl Control {
+    pub fn advance(&self, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// An error once the operation was cancelled or the process began to exit.
+    pub fn check(&self) -> Result<()> {
+        crate::process::check()?;
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(Error::new(
+                ErrorKind::Cancelled,
+                "the operation was cancelled",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Everything that moves bytes for one platform.
+pub struct Engine {
+    platform: Arc<dyn Platform>,
+    workers: Arc<Workers>,
+    arena: Arena,
+    /// Streams by ordinal; the lock is held while one is created.
+    streams: Mutex<Vec<Option<Arc<Streams>>>>,
+    ring: Mutex<Option<Arc<staging::Ring>>>,
+    /// Memory that a device may still use, because it could not be asked whether it is done.
+    quarantine: Mutex<Vec<Kept>>,
+}
+
+/// What must outlive the work of a device that could not be waited for.
+struct Kept {
+    device: Arc<dyn Device>,
+    _memory: Box<dyn Any + Send>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
+    pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {
+        let limit = config::size_from_environment("TMS_PINNED_LIMIT")?.unwrap_or(u64::MAX);
+        let keep = config::size_from_environment("TMS_PINNED_KEEP")?.unwrap_or(DEFAULT_KEEP);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // The host device has threads of its own; together they stay below the number of cores.
+        let threads = match platform.kind() {
+            DeviceKind::Cuda => cores,
+            DeviceKind::Host => cores.div_ceil(2),
+        };
+        let workers = Arc::new(Workers::new(threads));
+        Ok(Engine {
+            arena: Arena::new(Arc::clone(&workers), limit, keep),
+            workers,
+            platform,
+            streams: Mutex::default(),
+            ring: Mutex::default(),
+            quarantine: Mutex::default(),
+        })
+    }
+
+    pub fn platform(&self) -> &Arc<dyn Platform> {
+        &self.platform
+    }
+
+    pub fn workers(&self) -> &Arc<Workers> {
+        &self.workers
+    }
+
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// The streams of a device, created on the first call.
+    pub fn streams(&self, device: &Arc<dyn Device>) -> Result<Arc<Streams>> {
+        let index = device.info().ordinal as usize;
+        let mut streams = lock(&self.streams);
+        if streams.len() <= index {
+            streams.resize(index + 1, None);
+        }
+        if let Some(existing) = &streams[index] {
+            return Ok(Arc::clone(existing));
+        }
+        let created = Arc::new(Streams::new(Arc::clone(device))?);
+        streams[index] = Some(Arc::clone(&created));
+        Ok(created)
+    }
+
+    /// The staging ring, created (and its memory touched) on the first call, which is a pause.
+    pub fn ring(&self, device: &Arc<dyn Device>) -> Result<Arc<staging::Ring>> {
+        let mut ring = lock(&self.ring);
+        if let Some(existing) = &*ring {
+            return Ok(Arc::clone(existing));
+        }
+        let created = Arc::new(staging::Ring::new(&self.arena, device)?);
+        *ring = Some(Arc::clone(&created));
+        Ok(created)
+    }
+
+    /// Waits for the copies queued on the devices of `spans`. Unless it is certain that none runs
+    /// any more, `memory` is kept until that is known.
+    pub fn settle<M: Send + 'static>(
+        &self,
+        devices: &[Arc<dyn Device>],
+        direction: Direction,
+        memory: impl FnOnce() -> M,
+    ) -> Result<()> {
+        let mut failure = None;
+        let mut unknown = None;
+        for device in devices {
+            match self.streams(device)?.settle(direction) {
+                Settled::Done => {}
+                Settled::Failed(error) => failure = Some(error),
+                Settled::Unknown(error) => {
+                    unknown = Some(Arc::clone(device));
+                    failure = Some(error);
+                }
+            }
+        }
+        if let Some(device) = unknown {
+            self.keep(device, Box::new(memory()));
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Keeps memory until `device` is known to be done.
+    pub fn keep(&self, device: Arc<dyn Device>, memory: Box<dyn Any + Send>) {
+        tracing::warn!(
+            "memory is kept until the device {} answers",
+            device.info().ordinal
+        );
+        lock(&self.quarantine).push(Kept {
+            device,
+            _memory: memory,
+        });
+    }
+
+    /// Gives up what was kept for devices that answer again.
+    pub fn drain_quarantine(&self) {
+        let kept = std::mem::take(&mut *lock(&self.quarantine));
+        if kept.is_empty() {
+            return;
+        }
+        let (done, still): (Vec<_>, Vec<_>) = kept
+            .into_iter()
+            .partition(|kept| kept.device.synchronize().is_ok());
+        lock(&self.quarantine).extend(still);
+        drop(done);
+    }
+
+    /// Copies device memory to the host and waits. Work of other streams is not waited for.
+    pub fn read(&self, device: &Arc<dyn Device>, address: Address, into: &mut [u8]) -> Result<()> {
+        let ring = self.ring(device)?;
+        let mut at = address;
+        for part in into.chunks_mut(staging::PIECE) {
+            let mut slot = ring.acquire()?;
+            slot.copy_from_device(&*self.streams(device)?, at, part.len())?;
+            part.copy_from_slice(slot.bytes(part.len()));
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Copies host memory to the device and waits. Work of other streams is not waited for.
+    pub fn write(&self, device: &Arc<dyn Device>, address: Address, from: &[u8]) -> Result<()> {
+        let ring = self.ring(device)?;
+        let mut at = address;
+        for part in from.chunks(staging::PIECE) {
+            let mut slot = ring.acquire()?;
+            slot.bytes_mut(part.len()).copy_from_slice(part);
+            slot.copy_to_device(&*self.streams(device)?, at, part.len())?;
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The distinct devices of some spans, in order of appearance.
+pub fn devices_of<'a>(spans: impl IntoIterator<Item = &'a Span>) -> Vec<Arc<dyn Device>> {
+    let mut devices: Vec<Arc<dyn Device>> = Vec::new();
+    for span in spans {
+        let ordinal = span.device.info().ordinal;
+        if !devices
+            .iter()
+            .any(|device| device.info().ordinal == ordinal)
+        {
+            devices.push(Arc::clone(&span.device));
+        }
+    }
+    devices
+}
