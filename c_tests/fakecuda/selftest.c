@@ -24,8 +24,8 @@
 static void *library;
 static const char *library_path;
 static const char *self_path;
-static int failures;
-static int checks;
+static _Atomic int failures;
+static _Atomic int checks;
 
 static void *symbol(const char *name) {
     void *address = dlsym(library, name);
@@ -782,6 +782,7 @@ static void test_capture(void) {
     OK(CALL(cuMemsetD8Async)(memory, 1, 1, NULL));
     OK(CALL(cuStreamEndCapture)(stream, &graph));
     OK(CALL(cuGraphDestroy)(graph));
+    OK(CALL(cuCtxSynchronize)()); /* a stream that does not block does not wait for the legacy one */
 
     /* A fork that is joined, replayed after the memory was replaced under the same address. */
     CUevent fork_event = new_event(), join_event = new_event();

@@ -234,11 +234,13 @@ fn in_forked_child() -> Server {
 }
 
 fn find_runtime() -> Option<&'static Runtime> {
-    if HOST_STANDS_IN.load(Ordering::Acquire) || compat::host_device_wanted() {
-        Runtime::find()
-    } else {
-        Runtime::find_or_load()
-    }
+    Runtime::find().or_else(|| {
+        if HOST_STANDS_IN.load(Ordering::Acquire) || compat::host_device_wanted() {
+            None
+        } else {
+            Runtime::load()
+        }
+    })
 }
 
 /// Whether host memory may serve without having been asked for: neither a runtime, which the

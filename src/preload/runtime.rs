@@ -48,9 +48,9 @@ impl Runtime {
         Self::remembered().or_else(|| Self::search(Self::among_loaded))
     }
 
-    /// Like [`Self::find`], and loads a runtime from the system's search path if none is there.
-    pub fn find_or_load() -> Option<&'static Runtime> {
-        Self::find().or_else(|| Self::search(|| open_first(&SONAMES, libc::RTLD_LAZY)))
+    /// Loads a runtime from the system's search path. For when [`Self::find`] found none.
+    pub fn load() -> Option<&'static Runtime> {
+        Self::search(|| open_first(&SONAMES, libc::RTLD_LAZY))
     }
 
     fn remembered() -> Option<&'static Runtime> {

@@ -98,8 +98,8 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for (base, chunk) in std::mem::take(&mut state.chunks) {
-            release_memory(base, &chunk);
+        for (base, mut chunk) in std::mem::take(&mut state.chunks) {
+            release_memory(base, &mut chunk);
         }
     }
 }
@@ -330,24 +330,32 @@ impl Arena {
         self.trim_to(self.inner.keep);
     }
 
-    /// Unpins idle chunks, in the background, until at most `keep` bytes are idle.
-    pub fn trim_to(&self, keep: usize) {
+    /// Unpins idle chunks, in the background: all that failed, and of the others as many as leave
+    /// at most `keep` bytes idle.
+    fn trim_to(&self, keep: usize) {
         let mut state = lock(&self.inner);
-        let mut idle: usize = state
+        let idle = |chunk: &Chunk| chunk.used == 0 && !chunk.pending();
+        let mut excess = state
             .chunks
             .values()
-            .filter(|chunk| chunk.used == 0)
+            .filter(|chunk| idle(chunk) && !chunk.failed())
             .map(|chunk| chunk.bytes)
-            .sum();
-        while idle > keep {
-            let candidate = state
-                .chunks
-                .iter()
-                .find(|(_, chunk)| chunk.used == 0 && !chunk.pending())
-                .map(|(&base, _)| base);
-            let Some(base) = candidate else { break };
+            .sum::<usize>()
+            .saturating_sub(keep);
+        let mut leaving = Vec::new();
+        for (&base, chunk) in &state.chunks {
+            if !idle(chunk) {
+                continue;
+            }
+            if chunk.failed() {
+                leaving.push(base);
+            } else if excess > 0 {
+                excess = excess.saturating_sub(chunk.bytes);
+                leaving.push(base);
+            }
+        }
+        for base in leaving {
             let chunk = state.chunks.remove(&base);
-            idle -= chunk.as_ref().map_or(0, |chunk| chunk.bytes);
             let arena = self.clone();
             self.inner
                 .workers
@@ -355,12 +363,17 @@ impl Arena {
         }
     }
 
-    /// Unregisters and unmaps a chunk that is in nobody's table any more.
+    /// Unregisters and unmaps a chunk that was taken out of the table. What the driver refuses to
+    /// unregister goes back into it, to be tried again by a later trim.
     fn release(&self, base: usize, chunk: Option<Chunk>) {
-        let Some(chunk) = chunk else { return };
+        let Some(mut chunk) = chunk else { return };
         let bytes = chunk.bytes;
-        if release_memory(base, &chunk) {
-            lock(&self.inner).pinned -= bytes;
+        let released = release_memory(base, &mut chunk);
+        let mut state = lock(&self.inner);
+        if released {
+            state.pinned -= bytes;
+        } else {
+            state.chunks.insert(base, chunk);
         }
     }
 
@@ -460,24 +473,26 @@ impl Drop for Block {
     }
 }
 
-/// Unregisters and unmaps; false if the driver kept the memory, which then stays mapped, because
+/// Unregisters and unmaps; false if the driver kept a part, which then stays mapped, because
 /// unmapping registered memory would leave the driver with dangling pages.
-fn release_memory(base: usize, chunk: &Chunk) -> bool {
+fn release_memory(base: usize, chunk: &mut Chunk) -> bool {
     if crate::process::check().is_err() {
         return false;
     }
+    let device = Arc::clone(&chunk.device);
     let mut released = true;
-    for (index, slice) in chunk.slices.iter().enumerate() {
+    for (index, slice) in chunk.slices.iter_mut().enumerate() {
         if !matches!(slice, Slice::Ready) {
             continue;
         }
         let pointer = (base + index * SLICE) as *mut u8;
         // SAFETY: the chunk has no block, so no copy uses it, and it was registered here.
-        let unregister = || unsafe { chunk.device.unregister_host(pointer) };
-        // A call that failed has changed nothing, so it is worth one repetition.
-        if let Err(error) = unregister().or_else(|_| unregister()) {
-            tracing::warn!("pinned memory stays pinned: {error}");
-            released = false;
+        match unsafe { device.unregister_host(pointer) } {
+            Ok(()) => *slice = Slice::Failed(ErrorKind::Internal, "unregistered".to_string()),
+            Err(error) => {
+                tracing::warn!("pinned memory is released later: {error}");
+                released = false;
+            }
         }
     }
     if released {

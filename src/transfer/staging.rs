@@ -4,7 +4,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::arena::{Arena, Block};
-use super::streams::Streams;
+use super::streams::{Settled, Streams};
 use super::workers::Batch;
 use super::{Control, Engine, Span};
 use crate::device::{Address, Device, Direction};
@@ -163,7 +163,7 @@ impl Slot {
             device.event_synchronize(event.event())
         });
         if let Err(error) = waited {
-            if device.synchronize().is_err() && error.kind() != ErrorKind::DeviceLost {
+            if let Settled::Unknown(_) = streams.settle(direction) {
                 self.abandon(device);
             }
             return Err(error);

@@ -1,23 +1,124 @@
-//! stand-in
-use super::*;
+//! The CUDA platform: finding the driver and its devices.
+//!
+//! One file each: [`driver`] the table of entry points, [`code`] what result codes mean, `context`
+//! how a thread gets into a device's context and out, [`device`] one device, `probe` what it can do,
+//! and by subject `vmm` addresses and physical memory, `ipc` memory as a descriptor, `stream`
+//! streams, events and copies, `pinned` host memory.
+//!
+//! The driver is called neither before [`CudaPlatform::open`], nor in a forked child, nor once the
+//! process exits; every public call checks that first. It must be usable from any thread of the
+//! host, whatever context is current there.
+
+pub mod code;
+mod context;
+pub mod device;
+pub mod driver;
+mod ipc;
+mod pinned;
+mod probe;
+mod stream;
+mod vmm;
+
+use std::sync::{Arc, OnceLock};
+
+use super::{Device, DeviceKind, Platform};
+use crate::error::{Error, Result};
+use crate::process;
+use code::SUCCESS;
+pub use device::CudaDevice;
+pub use driver::DriverTable;
+
+/// The visible CUDA devices of this process.
 #[derive(Debug)]
-pub struct CudaPlatform;
+pub struct CudaPlatform {
+    driver: &'static DriverTable,
+    version: u32,
+    /// One place per ordinal, filled when that device is first asked for. A primary context stays
+    /// retained as long as anyone holds its device.
+    devices: Box<[OnceLock<Arc<CudaDevice>>]>,
+}
+
 impl CudaPlatform {
-    pub fn open() -> Result<Self> {
-        Err(Error::new(ErrorKind::NoDevice, "none"))
+    /// Finds and initialises the driver. No context is made and no memory taken.
+    ///
+    /// [`crate::ErrorKind::NoDevice`] if there is no driver, no device, or a driver that is too
+    /// old; [`crate::ErrorKind::Device`] if there is a driver and it fails.
+    pub fn open() -> Result<CudaPlatform> {
+        let driver = DriverTable::load()?;
+        let (version, count) = driver.initialise()?;
+        // After the driver set up its own exit handlers, so that ours runs before them.
+        process::watch();
+        if !driver.missing.is_empty() {
+            tracing::info!(
+                "the CUDA driver lacks {}; what needs them is off",
+                driver.missing.join(", ")
+            );
+        }
+        Ok(CudaPlatform {
+            driver,
+            version,
+            devices: (0..count).map(|_| OnceLock::new()).collect(),
+        })
+    }
+
+    /// The driver's entry points, for callers that pass a call through.
+    pub fn driver(&self) -> &'static DriverTable {
+        self.driver
+    }
+
+    /// See [`Platform::device`].
+    pub fn cuda_device(&self, ordinal: u32) -> Result<Arc<CudaDevice>> {
+        process::check()?;
+        let slot = self.devices.get(ordinal as usize).ok_or_else(|| {
+            let count = self.devices.len();
+            Error::invalid("ordinal", format_args!("{ordinal} of {count} devices"))
+        })?;
+        if let Some(device) = slot.get() {
+            return Ok(Arc::clone(device));
+        }
+        // Outside of any lock, because making a context takes long. Of two threads that come here
+        // at once the second gives its reference back.
+        let device = CudaDevice::open(self.driver, ordinal, self.device_count(), self.version)?;
+        Ok(Arc::clone(slot.get_or_init(|| Arc::new(device))))
+    }
+
+    /// `None` if the thread has no context or the driver does not tell.
+    fn ordinal_of_thread(&self) -> Option<u32> {
+        process::check().ok()?;
+        if context::current(self.driver).ok()?.is_null() {
+            return None;
+        }
+        let mut device = 0;
+        // SAFETY: `device` is writable.
+        let code = unsafe { (self.driver.cuCtxGetDevice)(&mut device) };
+        let ordinal = u32::try_from(device).ok()?;
+        (code == SUCCESS && ordinal < self.device_count()).then_some(ordinal)
     }
 }
+
 impl Platform for CudaPlatform {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Cuda
     }
+
     fn device_count(&self) -> u32 {
-        1
+        self.devices.len() as u32
     }
-    fn device(&self, _: u32) -> Result<Arc<dyn Device>> {
-        unreachable!()
+
+    fn device(&self, ordinal: u32) -> Result<Arc<dyn Device>> {
+        Ok(self.cuda_device(ordinal)?)
     }
+
     fn current_device(&self) -> u32 {
-        0
+        self.ordinal_of_thread().unwrap_or(0)
+    }
+
+    fn missing_symbols(&self) -> Vec<&'static str> {
+        self.driver.missing.clone()
+    }
+
+    fn device_in_use(&self, ordinal: u32) -> Option<Arc<dyn Device>> {
+        let device = self.devices.get(ordinal as usize)?.get()?;
+        Some(Arc::clone(device) as Arc<dyn Device>)
     }
 }

@@ -243,14 +243,14 @@ def library_path() -> str:
 
 def version() -> str:
     """Version of the loaded library, for example ``"0.1.0"``."""
-    return load().tms_version().decode()
+    return bytes(load().tms_version()).decode()
 
 
 def last_message(code: int) -> str:
     """The thread's last error text, or the code's own description."""
     library = load()
     text = library.tms_last_error_message() or library.tms_status_str(code) or b""
-    return text.decode(errors="replace")
+    return bytes(text).decode(errors="replace")
 
 
 def check(code: int) -> int:

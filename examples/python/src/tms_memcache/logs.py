@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import atexit
 import logging
-from typing import Optional
+from typing import Any, Optional
 
 from ._library import LogCallback, check, load
 
 _TO_PYTHON = {1: logging.ERROR, 2: logging.WARNING, 3: logging.INFO, 4: logging.DEBUG}
 
 #: The callback that C holds; it must outlive its registration.
-_callback: Optional[LogCallback] = None
+_callback: Optional[Any] = None
 
 
 def _native_level(level: int) -> int:

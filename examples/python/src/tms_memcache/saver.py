@@ -101,7 +101,7 @@ class Device:
 
 def _record(kind: Type[Record]) -> Record:
     record = kind()
-    record.struct_size = ctypes.sizeof(kind)  # type: ignore[attr-defined]
+    record.struct_size = ctypes.sizeof(kind)
     return record
 
 
@@ -193,8 +193,8 @@ def region(
 def _tags(options: ctypes.Structure, tags: Tuple[str, ...]) -> None:
     if tags:
         array = (ctypes.c_char_p * len(tags))(*[c.encode(tag) for tag in tags])
-        options.tags = ctypes.cast(array, ctypes.POINTER(ctypes.c_char_p))  # type: ignore
-        options.tag_count = len(tags)  # type: ignore[attr-defined]
+        options.tags = ctypes.cast(array, ctypes.POINTER(ctypes.c_char_p))
+        options.tag_count = len(tags)
 
 
 def _pause_options(
