@@ -61,7 +61,9 @@ fn main() {
         &out,
         "tms.h",
         config("TMS_H", TMS_PROSE),
-        &["status", "log", "device", "region", "op", "saver", "torch"],
+        &[
+            "status", "log", "device", "region", "op", "saver", "torch", "shutdown",
+        ],
     );
     generate(
         &out,
@@ -70,9 +72,12 @@ fn main() {
         &["memcache"],
     );
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
-        // Never unloaded: threads, exit handlers and fork handlers point into the code.
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libtms_memcache.so.0");
-        println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
-        println!("cargo:rustc-cdylib-link-arg=-Wl,-Bsymbolic");
+        // For the preload variant too, which is an example target: cargo has no key for a shared
+        // object among the examples, and programs do not mind.
+        // Never unloaded: threads, exit handlers and fork handlers point into the code.
+        println!("cargo:rustc-link-arg=-Wl,-z,nodelete");
+        // Two copies in one process must not bind to each other by accident.
+        println!("cargo:rustc-link-arg=-Wl,-Bsymbolic");
     }
 }

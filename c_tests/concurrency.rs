@@ -39,7 +39,13 @@ fn malloc_and_free_finish_while_a_copy_of_a_pause_is_held_back() {
     let a = support::filled(&saver, 0, 3 << 20, 1, &weights);
     let b = support::filled(&saver, 0, 3 << 20, 2, &weights);
     let other = support::filled(&saver, 1, 3 << 20, 3, &Region::new("o").with_backup("mmap"));
-    let paused = support::filled(&saver, 1, 3 << 20, 4, &Region::new("z").with_backup("pinned"));
+    let paused = support::filled(
+        &saver,
+        1,
+        3 << 20,
+        4,
+        &Region::new("z").with_backup("pinned"),
+    );
     saver.pause(&PauseOptions::tags(["z"])).status.unwrap();
     fake.hold_streams(1);
     let op = saver.pause_async(&PauseOptions::tags(["w"])).unwrap();
@@ -97,7 +103,10 @@ fn a_free_under_a_lock_that_the_log_callback_wants() {
     saver.free(b).unwrap();
     drop(interpreter);
     assert_eq!(tms_memcache::ffi::tms_log_flush(60_000), 0);
-    assert!(*INTERPRETER.lock().unwrap() > 0, "the records were delivered");
+    assert!(
+        *INTERPRETER.lock().unwrap() > 0,
+        "the records were delivered"
+    );
     // SAFETY: removes the callback.
     unsafe { tms_memcache::ffi::tms_log_set_callback(None, std::ptr::null_mut(), 4) };
     fake.reset_faults();

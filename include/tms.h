@@ -1013,6 +1013,21 @@ bool tms_get_enable_disk_backup(void);
 void tms_set_disk_backup_dir(const char *folder);
 
 /**
+ * Sets by one name where allocations of the calling thread keep their contents while paused: "cpu"
+ * or "pinned", "mmap", "nvme" or "file", or "none".
+ *
+ * Returns TMS_OK; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT, with the known names, for
+ * another name, and then nothing changed.
+ */
+int tms_set_storage_backend_type(const char *name);
+
+/**
+ * Where allocations of the calling thread keep their contents: "pinned", "mmap", "file" or "none".
+ * Static; never NULL.
+ */
+const char *tms_get_storage_backend_type(void);
+
+/**
  * Whether backups in host memory stay after a resume, at the same address in every cycle, for
  * regions that do not say. For the process; decided when a resume ends.
  */
@@ -1105,6 +1120,17 @@ void tms_torch_free(void *pointer,
                     ptrdiff_t size,
                     int device,
                     void *stream);
+
+/**
+ * Frees the default saver with every allocation of it, stops its threads and gives its devices
+ * back. Savers of tms_saver_create are not touched. A later call that needs the default saver
+ * makes a new one. Not needed at exit. Any thread; no other thread may use the default saver or its
+ * memory meanwhile.
+ *
+ * Returns TMS_OK, also if there is nothing to free; TMS_ERR_BUSY while an operation runs (nothing
+ * was freed); TMS_ERR_FORKED; TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_shutdown(void);
 
 #ifdef __cplusplus
 }  // extern "C"

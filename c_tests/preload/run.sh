@@ -56,8 +56,8 @@ runtime rt12/libcudart.so.12 libcudart.so.12 libcudart.so.12
 runtime rt13/libcudart.so.13 libcudart.so.13 libcudart.so.13
 runtime rt11/libcudart.so.11.0 libcudart.so.11.0 libcudart.so.11.0
 runtime vendored/libcudart-9a5e2c3f.so.12.8.90 libcudart-9a5e2c3f.so.12.8.90 libcudart.so.12
-for test in symbols host_region host_foreign late_runtime region_with_runtime leave two_copies \
-    real_runtime; do
+for test in symbols host_region host_foreign late_runtime region_with_runtime driver leave \
+    two_copies real_runtime; do
     build -pthread -o "$out/$test" "$here/$test.c" -ldl
 done
 build -o "$out/linked" "$here/linked.c" "$out/rt12/libcudart.so.12" -ldl
@@ -115,6 +115,30 @@ if [ -f "$plain" ]; then
 else
     echo "$plain does not exist" >"$out/log"
     report preload-two-copies 1
+fi
+
+# A driver can be loaded: the software driver stands for it.
+driven() { # NAME VARIABLE=VALUE PROGRAM ARGUMENTS...
+    name=$1
+    variable=$2
+    program=$3
+    shift 3
+    run "$name" env -u TMS_DEVICE LD_LIBRARY_PATH="$out/fakecuda" "$variable" \
+        LD_PRELOAD="$preload" "$out/$program" "$@"
+}
+if "$here/../fakecuda/build.sh" "$out/fakecuda" >"$out/log" 2>&1; then
+    driven preload-driver-serves FAKECUDA_DEVICES=1 driver serves
+    driven preload-driver-and-runtime-serve FAKECUDA_DEVICES=1 driver serves \
+        "$out/rt13/libcudart.so.13"
+    driven preload-driver-without-device FAKECUDA_DEVICES=0 driver refuses
+    driven preload-driver-stub FAKECUDA_INIT=34 driver refuses
+    driven preload-driver-without-device-and-runtime FAKECUDA_DEVICES=0 driver refuses \
+        "$out/rt13/libcudart.so.13"
+    for how in threads fork exit-in-thread atexit-before atexit-after; do
+        driven "preload-driver-leave-$how" FAKECUDA_LATE=1 leave "$how"
+    done
+else
+    report preload-driver 1
 fi
 
 # NVIDIA's runtime, from its wheel.

@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
 wheels=${TMS_TEST_WHEELS:-$out/wheels}
 failed=0
 
-unset TMS_DEVICE TMS_INIT_ENABLE TMS_RETAIN_CPU_BACKUP LD_PRELOAD
+unset TMS_INIT_ENABLE TMS_RETAIN_CPU_BACKUP LD_PRELOAD
 export TMS_LIBRARY="$library" TMS_PRELOAD_LIBRARY="$preload" TMS_TEST_PACKAGE="$out/package"
 export PYTHONPATH="$root/examples/python/src" PYTHONDONTWRITEBYTECODE=1
 export TMS_DEVICE=host
@@ -35,7 +35,7 @@ run() { # NAME COMMAND...
 }
 
 unittests() { # FILE: each test is one line
-    timeout 280 "$python" -m unittest -v "$here/$1.py" >"$out/log" 2>&1
+    timeout 280 "$python" "$here/$1.py" -v >"$out/log" 2>&1
     code=$?
     sed -n "s/^\(test_[a-z_0-9]*\) .*\.\.\. ok\$/ok python-$1-\1/p
             s/^\(test_[a-z_0-9]*\) .*\.\.\. skipped.*/ok python-$1-\1 # skipped/p" "$out/log" |
@@ -68,19 +68,20 @@ if [ ! -d "$TMS_TEST_PACKAGE" ]; then
 fi
 unittests test_dropin
 
-# The binding as a user installs it, where pip can.
-if "$python" -c 'import setuptools' 2>"$out/log"; then
-    rm -rf "$out/source" "$out/installed"
-    cp -r "$root/examples/python" "$out/source"
-    mkdir -p "$out/source/src/tms_memcache/lib"
-    cp "$library" "$out/source/src/tms_memcache/lib/libtms_memcache.so"
-    run python-pip-install "$python" -m pip install -q --disable-pip-version-check \
-        --no-build-isolation --no-deps --target "$out/installed" "$out/source"
-    run python-installed env -u TMS_LIBRARY PYTHONPATH="$out/installed" "$python" -c "
+# The binding as a user installs it, with the library inside the package.
+rm -rf "$out/source" "$out/installed"
+cp -r "$root/examples/python" "$out/source"
+mkdir -p "$out/source/src/tms_memcache/lib"
+cp "$library" "$out/source/src/tms_memcache/lib/libtms_memcache.so"
+isolation=""
+"$python" -c 'import setuptools, wheel' 2>"$out/log" && isolation=--no-build-isolation
+# shellcheck disable=SC2086 # one option or nothing
+run python-pip-install "$python" -m pip install -q --disable-pip-version-check $isolation \
+    --no-deps --target "$out/installed" "$out/source"
+run python-installed env -u TMS_LIBRARY PYTHONPATH="$out/installed" "$python" -c "
 import tms_memcache
 assert tms_memcache.library_path().startswith('$out/installed/'), tms_memcache.library_path()
 tms_memcache.version()"
-fi
 
 # The real package over the stand-in for PyTorch, in both hook modes. Left out: what needs a GPU's
 # memory counters, kernels or graphs.
@@ -92,16 +93,31 @@ if [ ! -d "$out/numpy" ]; then
     "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps \
         --target "$out/numpy" "$wheels"/numpy-*.whl >"$out/log" 2>&1 || fail python-numpy-install
 fi
-PYTHONPATH="$here/fake_torch:$out/numpy" timeout 560 "$python" \
-    "$root/examples/python/check_dropin.py" --wheel "$wheels" --library "$preload" \
-    --skip device_memory_drops_and_returns --skip mmap_resident_memory \
-    --skip graph_over_region_memory --skip graph_of_the_package --skip full_in_a_region_frees_the_cache \
-    --skip full_for_good_is_an_exception --skip memory_margin --skip full_at_resume \
-    --skip resume_waits_for_memory >"$out/package.log" 2>"$out/log"
-code=$?
-sed -n 's/^ok /ok python-package-/p; s/^FAIL /FAIL python-package-/p' "$out/package.log"
-if [ $code -ne 0 ]; then
+package() { # NAME OPTIONS...
+    name=$1
+    shift
+    PYTHONPATH="$here/fake_torch:$out/numpy" timeout 560 "$python" \
+        "$root/examples/python/check_dropin.py" --wheel "$wheels" --library "$preload" \
+        --skip mmap_resident_memory --skip graph_over_region_memory --skip graph_of_the_package \
+        --skip full_in_a_region_is_reported --skip full_in_a_region_frees_the_cache \
+        --skip full_for_good_is_an_exception \
+        --skip memory_margin --skip full_at_resume --skip resume_waits_for_memory \
+        --skip device_memory_drops_and_returns "$@" >"$out/package.log" 2>"$out/log"
+    code=$?
+    sed -n "s/^ok /ok python-$name-/p; s/^FAIL /FAIL python-$name-/p" "$out/package.log"
+    [ $code -eq 0 ] && return
     failed=1
-    grep -q ' checks, ' "$out/package.log" || fail python-package
+    grep -q ' checks, ' "$out/package.log" || fail "python-$name"
+}
+
+package package
+# Once more through the hooks and the CUDA code, on the software driver and the runtime without CUDA.
+if "$here/../fakecuda/build.sh" "$out/fakecuda" >"$out/log" 2>&1 &&
+    "${CC:-cc}" -D_GNU_SOURCE -shared -fPIC -pthread -Wl,-soname,libcudart.so.13 \
+        -o "$out/fakecuda/libcudart.so.13" "$here/../preload/fakecudart.c" >"$out/log" 2>&1; then
+    export TMS_DEVICE=cuda FAKECUDA_LATE=1 LD_LIBRARY_PATH="$out/fakecuda"
+    package package-on-fakecuda --mode preload --skip backup_mmap
+else
+    fail python-package-on-fakecuda
 fi
 exit $failed

@@ -29,7 +29,10 @@ pub fn filled(saver: &Saver, device: u32, bytes: usize, seed: u64, region: &Regi
 pub fn check(saver: &Saver, address: u64, bytes: usize, seed: u64) {
     let mut got = vec![0; bytes];
     saver.read(address, &mut got).unwrap();
-    assert!(got == pattern(bytes, seed), "contents of {address:#x} differ");
+    assert!(
+        got == pattern(bytes, seed),
+        "contents of {address:#x} differ"
+    );
 }
 
 /// Whether CUDA tests run: against the software driver, or a real one where the test can.
@@ -137,7 +140,10 @@ impl FakeCuda {
         unsafe {
             let call: unsafe extern "C" fn(*const c_void, *mut c_void, usize) -> c_int =
                 std::mem::transmute(self.symbol("fakecuda_peek"));
-            assert_eq!(call(address as *const c_void, out.as_mut_ptr().cast(), bytes), 0);
+            assert_eq!(
+                call(address as *const c_void, out.as_mut_ptr().cast(), bytes),
+                0
+            );
         }
         out
     }

@@ -82,18 +82,21 @@ def timed(torch: Any, work: Callable[[], Any]) -> float:
 
 def copy_ceiling(torch: Any) -> Dict[str, float]:
     """GB/s of cudaMemcpyAsync to and from pinned memory, median of five copies of 1 GiB."""
-    size = 1024 * MIB
+    rates = pinned_copies(torch, 1024 * MIB)
+    gc.collect()
+    torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, RuntimeError):
+        torch._C._host_emptyCache()
+    return rates
+
+
+def pinned_copies(torch: Any, size: int) -> Dict[str, float]:
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     device = torch.empty(size, dtype=torch.uint8, device="cuda")
     device.view(torch.int64).random_()
     host.copy_(device)
     to_host = [timed(torch, lambda: host.copy_(device, non_blocking=True)) for _ in range(5)]
     to_device = [timed(torch, lambda: device.copy_(host, non_blocking=True)) for _ in range(5)]
-    del host, device
-    gc.collect()
-    torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, RuntimeError):
-        torch._C._host_emptyCache()
     return {
         "d2h": size / statistics.median(to_host) / 1e9,
         "h2d": size / statistics.median(to_device) / 1e9,

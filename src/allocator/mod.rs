@@ -16,7 +16,7 @@ pub mod table;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::backup::{BackupBackend, Discard, Ticket};
@@ -259,7 +259,10 @@ pub struct AllocationInfo {
     pub exported: bool,
 }
 
-static DEFAULT: OnceLock<Saver> = OnceLock::new();
+/// The saver of the process. Read by every hooked call, written when it is made and closed.
+static DEFAULT: RwLock<Option<Saver>> = RwLock::new(None);
+
+/// Held while the default saver is made, so that it is made once.
 static DEFAULT_OPENING: Mutex<()> = Mutex::new(());
 
 impl Saver {
@@ -276,22 +279,37 @@ impl Saver {
 
     /// The saver of the process, on the platform `TMS_DEVICE` asks for. Only success is
     /// remembered: a driver that appears later is found.
-    pub fn process_default() -> Result<&'static Saver> {
-        if let Some(saver) = DEFAULT.get() {
+    pub fn process_default() -> Result<Saver> {
+        if let Some(saver) = Saver::existing_default() {
             return Ok(saver);
         }
         process::check()?;
         let _opening = lock(&DEFAULT_OPENING);
-        if let Some(saver) = DEFAULT.get() {
+        if let Some(saver) = Saver::existing_default() {
             return Ok(saver);
         }
         let saver = Saver::new(device::open_from_environment()?)?;
-        Ok(DEFAULT.get_or_init(|| saver))
+        *DEFAULT.write().unwrap_or_else(PoisonError::into_inner) = Some(saver.clone());
+        Ok(saver)
     }
 
     /// The saver of the process if there is one already. Never opens a device.
-    pub fn existing_default() -> Option<&'static Saver> {
-        DEFAULT.get()
+    pub fn existing_default() -> Option<Saver> {
+        DEFAULT
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Closes the saver of the process and forgets it. [`ErrorKind::Busy`] while an operation runs.
+    pub fn close_default() -> Result<()> {
+        let _opening = lock(&DEFAULT_OPENING);
+        let Some(saver) = Saver::existing_default() else {
+            return Ok(());
+        };
+        saver.close()?;
+        *DEFAULT.write().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
     }
 
     pub fn platform(&self) -> &Arc<dyn Platform> {

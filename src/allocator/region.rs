@@ -80,6 +80,11 @@ impl Region {
         &self.tag
     }
 
+    /// The name of the backend, `None` if contents are dropped.
+    pub fn backup(&self) -> Option<&str> {
+        self.backup.as_deref()
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         check_tag(&self.tag)?;
         if let Some(name) = &self.backup {

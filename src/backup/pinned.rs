@@ -37,7 +37,7 @@ impl PinnedTicket {
         self.block.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues the copy of one span, slice by slice as they become ready.
+    /// Queues the copy of one span, as soon as its host memory is ready.
     fn copy(
         &self,
         engine: &Engine,
@@ -50,22 +50,18 @@ impl PinnedTicket {
             .as_ref()
             .ok_or_else(|| Error::new(ErrorKind::Internal, "the backup was discarded"))?;
         let stream = engine.streams(&span.device)?.of(direction);
-        for piece in block.pieces(span.bytes as usize) {
-            control.check()?;
-            block.wait(piece)?;
-            let host = block.pointer().as_ptr() as u64 + piece.offset as u64;
-            let device = span.address + piece.offset as u64;
-            let (destination, source) = match direction {
-                Direction::ToHost => (host, device),
-                Direction::ToDevice | Direction::OnDevice => (device, host),
-            };
-            // SAFETY: the piece lies in the block, which is kept until the stream was settled.
-            unsafe {
-                span.device
-                    .copy(destination, source, piece.bytes as u64, direction, stream)?;
-            }
+        control.check()?;
+        block.wait()?;
+        let host = block.pointer().as_ptr() as u64;
+        let (destination, source) = match direction {
+            Direction::ToHost => (host, span.address),
+            Direction::ToDevice | Direction::OnDevice => (span.address, host),
+        };
+        // SAFETY: the block is as long as the span, and is kept until the stream was settled.
+        unsafe {
+            span.device
+                .copy(destination, source, span.bytes, direction, stream)
         }
-        Ok(())
     }
 }
 

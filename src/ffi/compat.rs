@@ -43,8 +43,7 @@ pub fn hooked_malloc(bytes: usize, device: Option<u32>, _stream: u64) -> Result<
 /// Frees; `None` if the pointer is not ours. `stream` is a `CUstream`; `None` is the legacy stream.
 pub fn hooked_free(pointer: *mut c_void, stream: Option<u64>) -> Option<Result<()>> {
     let stream = stream.unwrap_or(0) as *mut c_void;
-    // SAFETY: any pointer may be asked for.
-    match unsafe { tms_hook_free(pointer, stream) } {
+    match tms_hook_free(pointer, stream) {
         TMS_OK => Some(Ok(())),
         TMS_ERR_NOT_FOUND => None,
         status => Some(Err(error(status))),

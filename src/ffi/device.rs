@@ -96,7 +96,7 @@ pub unsafe extern "C" fn tms_device_info(device: i32, info: *mut tms_device_info
         // SAFETY: valid for reads of its size by the function's contract.
         let stated = unsafe { stated_size(info, "info") }?;
         let saver = super::saver::default_saver()?;
-        let filled = describe(saver, ordinal(device)?)?;
+        let filled = describe(&saver, ordinal(device)?)?;
         // SAFETY: valid for writes of the stated size by the function's contract.
         unsafe { fill_struct(info, stated, &filled) };
         Ok(TMS_OK)

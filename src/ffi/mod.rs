@@ -4,6 +4,9 @@
 //! functions of [`argument`]; functions of the process-wide state begin with `forward!`, because
 //! two copies of the library may meet in one process.
 
+// The doc comments become the C headers, where they state the contract of every pointer.
+#![allow(clippy::missing_safety_doc)]
+
 mod argument;
 pub mod compat;
 mod device;
@@ -14,6 +17,7 @@ mod memcache;
 mod op;
 mod region;
 mod saver;
+mod shutdown;
 mod status;
 mod torch;
 
@@ -23,5 +27,6 @@ pub use memcache::*;
 pub use op::*;
 pub use region::*;
 pub use saver::*;
+pub use shutdown::*;
 pub use status::*;
 pub use torch::*;

@@ -19,10 +19,21 @@ use crate::error::{Error, ErrorKind, Result};
 /// Owns allocations. Made by tms_saver_create, or the default one of the process.
 #[allow(non_camel_case_types)]
 pub struct tms_saver_t {
-    saver: Saver,
-    /// The default saver belongs to the library.
-    is_default: bool,
+    /// `None`: the default saver, whichever it is at the time of the call.
+    own: Option<Saver>,
 }
+
+impl tms_saver_t {
+    fn saver(&self) -> Result<Saver> {
+        match &self.own {
+            Some(saver) => Ok(saver.clone()),
+            None => default_saver(),
+        }
+    }
+}
+
+/// The handle of the default saver.
+static DEFAULT: tms_saver_t = tms_saver_t { own: None };
 
 /// How a saver is made. Zero-fill it, then set struct_size.
 #[repr(C)]
@@ -186,7 +197,7 @@ unsafe impl Sized32 for tms_stats_t {}
 unsafe impl Sized32 for tms_allocation_info_t {}
 
 /// The saver of the process, opened on the first call.
-pub(super) fn default_saver() -> Result<&'static Saver> {
+pub(super) fn default_saver() -> Result<Saver> {
     super::log::read_environment();
     Saver::process_default()
 }
@@ -374,8 +385,7 @@ pub unsafe extern "C" fn tms_saver_create(
             None => device::open_from_environment()?,
         };
         let made = Box::new(tms_saver_t {
-            saver: Saver::new(platform)?,
-            is_default: false,
+            own: Some(Saver::new(platform)?),
         });
         // SAFETY: valid for writes by the function's contract.
         unsafe { saver.write(Box::into_raw(made)) };
@@ -392,15 +402,10 @@ pub unsafe extern "C" fn tms_saver_create(
 pub unsafe extern "C" fn tms_saver_default(saver: *mut *const tms_saver_t) -> i32 {
     forward!(tms_saver_default(saver));
     fence(|| {
-        static HANDLE: std::sync::OnceLock<tms_saver_t> = std::sync::OnceLock::new();
         let saver = out(saver, "saver")?;
-        let found = default_saver()?;
-        let handle = HANDLE.get_or_init(|| tms_saver_t {
-            saver: found.clone(),
-            is_default: true,
-        });
+        default_saver()?;
         // SAFETY: valid for writes by the function's contract.
-        unsafe { saver.write(handle) };
+        unsafe { saver.write(&DEFAULT) };
         Ok(TMS_OK)
     })
 }
@@ -419,10 +424,10 @@ pub unsafe extern "C" fn tms_saver_free(saver: *mut tms_saver_t) -> i32 {
         let Some(handle) = (unsafe { saver.as_ref() }) else {
             return Ok(TMS_OK);
         };
-        if handle.is_default {
+        let Some(own) = &handle.own else {
             return Err(Error::invalid("saver", "the default saver cannot be freed"));
-        }
-        handle.saver.close()?;
+        };
+        own.close()?;
         // SAFETY: made by Box::into_raw, and not used afterwards.
         drop(unsafe { Box::from_raw(saver) });
         Ok(TMS_OK)
@@ -464,7 +469,7 @@ pub unsafe extern "C" fn tms_saver_malloc(
             None => region::current_or_default()?,
         };
         let address = handle
-            .saver
+            .saver()?
             .malloc(bytes as u64, ordinal(device)?, &chosen)?;
         // SAFETY: valid for writes by the function's contract.
         unsafe { pointer.write(address as *mut c_void) };
@@ -490,7 +495,7 @@ pub unsafe extern "C" fn tms_saver_free_memory(
         // SAFETY: valid by the function's contract.
         let handle = unsafe { required(saver, "saver") }?;
         if !pointer.is_null() {
-            handle.saver.free(pointer as u64)?;
+            handle.saver()?.free(pointer as u64)?;
         }
         Ok(TMS_OK)
     })
@@ -528,7 +533,7 @@ pub unsafe extern "C" fn tms_saver_pause(
                 ResultOut::new(result)?,
             )
         };
-        let outcome = handle.saver.pause(&options);
+        let outcome = handle.saver()?.pause(&options);
         if let Some(result) = result {
             // SAFETY: as above.
             unsafe { result.write(&outcome) };
@@ -566,7 +571,7 @@ pub unsafe extern "C" fn tms_saver_resume(
                 ResultOut::new(result)?,
             )
         };
-        let outcome = handle.saver.resume(&options);
+        let outcome = handle.saver()?.resume(&options);
         if let Some(result) = result {
             // SAFETY: as above.
             unsafe { result.write(&outcome) };
@@ -593,7 +598,7 @@ pub unsafe extern "C" fn tms_saver_pause_async(
         // SAFETY: valid by the function's contract.
         let (handle, options) = unsafe { (required(saver, "saver")?, pause_options(options)?) };
         let op = out(op, "op")?;
-        let started = tms_op_t::boxed(handle.saver.pause_async(&options)?);
+        let started = tms_op_t::boxed(handle.saver()?.pause_async(&options)?);
         // SAFETY: valid for writes by the function's contract.
         unsafe { op.write(started) };
         Ok(TMS_OK)
@@ -614,7 +619,7 @@ pub unsafe extern "C" fn tms_saver_resume_async(
         // SAFETY: valid by the function's contract.
         let (handle, options) = unsafe { (required(saver, "saver")?, resume_options(options)?) };
         let op = out(op, "op")?;
-        let started = tms_op_t::boxed(handle.saver.resume_async(&options)?);
+        let started = tms_op_t::boxed(handle.saver()?.resume_async(&options)?);
         // SAFETY: valid for writes by the function's contract.
         unsafe { op.write(started) };
         Ok(TMS_OK)
@@ -639,7 +644,7 @@ pub unsafe extern "C" fn tms_saver_stats(
         // SAFETY: valid by the function's contract.
         let handle = unsafe { required(saver, "saver") }?;
         let count = out(count, "count")?;
-        let stats = handle.saver.stats();
+        let stats = handle.saver()?.stats();
         if capacity > 0 {
             // SAFETY: as above.
             let stated = unsafe { stated_size(entries, "entries") }?;
@@ -685,7 +690,7 @@ pub unsafe extern "C" fn tms_saver_query(
     fence(|| {
         // SAFETY: valid by the function's contract.
         let (handle, stated) = unsafe { (required(saver, "saver")?, stated_size(info, "info")?) };
-        let found = handle.saver.query(pointer as u64).ok_or_else(|| {
+        let found = handle.saver()?.query(pointer as u64).ok_or_else(|| {
             Error::new(
                 ErrorKind::NotFound,
                 format!("{pointer:?} is in no allocation of this saver"),
@@ -737,7 +742,7 @@ pub unsafe extern "C" fn tms_saver_backup_pointer(
         let handle = unsafe { required(saver, "saver") }?;
         let backup = out(backup, "backup")?;
         let found = handle
-            .saver
+            .saver()?
             .backup_pointer(pointer as u64, bytes as u64)
             .ok_or_else(|| {
                 Error::new(
@@ -766,7 +771,7 @@ pub unsafe extern "C" fn tms_saver_set_memory_margin(
     fence(|| {
         // SAFETY: valid by the function's contract.
         let handle = unsafe { required(saver, "saver") }?;
-        handle.saver.set_memory_margin(ordinal(device)?, bytes);
+        handle.saver()?.set_memory_margin(ordinal(device)?, bytes);
         Ok(TMS_OK)
     })
 }
@@ -793,7 +798,7 @@ pub unsafe extern "C" fn tms_saver_export(
         // SAFETY: valid by the function's contract.
         let handle = unsafe { required(saver, "saver") }?;
         let fd = out(fd, "fd")?;
-        let (descriptor, size) = handle.saver.export(pointer as u64)?;
+        let (descriptor, size) = handle.saver()?.export(pointer as u64)?;
         // SAFETY: valid for writes by the function's contract, `bytes` if not NULL.
         unsafe {
             if let Ok(bytes) = out(bytes, "bytes") {

@@ -13,6 +13,7 @@ use super::forward::forward;
 use super::saver::default_saver;
 use super::status::{TMS_ERR_NOT_FOUND, TMS_OK};
 use crate::allocator::{Outcome, PauseOptions, ResumeOptions, Saver, region};
+use crate::device::DeviceKind;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long `tms_resume` waits for memory: its callers often ignore the status.
@@ -135,6 +136,55 @@ pub unsafe extern "C" fn tms_set_disk_backup_dir(folder: *const c_char) {
         crate::backup::set_default_folder(folder.filter(|name| !name.is_empty()).map(Path::new));
         Ok(())
     }));
+}
+
+/// Sets by one name where allocations of the calling thread keep their contents while paused: "cpu"
+/// or "pinned", "mmap", "nvme" or "file", or "none".
+///
+/// Returns TMS_OK; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT, with the known names, for
+/// another name, and then nothing changed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tms_set_storage_backend_type(name: *const c_char) -> c_int {
+    forward!(tms_set_storage_backend_type(name));
+    fence(|| {
+        // SAFETY: NULL or a NUL-terminated string by the function's contract.
+        let name = unsafe { optional_str(name, "name") }?
+            .ok_or_else(|| Error::new(ErrorKind::NullPointer, "name must not be NULL"))?;
+        let (cpu, disk) = match name {
+            "cpu" | "pinned" | "mmap" => (true, false),
+            "nvme" | "file" => (false, true),
+            "none" => (false, false),
+            _ => {
+                return Err(Error::invalid(
+                    "name",
+                    format_args!("\"{name}\" is none of cpu, pinned, mmap, nvme, file, none"),
+                ));
+            }
+        };
+        if cpu {
+            region::set_cpu_backend(if name == "mmap" { "mmap" } else { "pinned" })?;
+        }
+        region::set_cpu_backup(cpu);
+        region::set_disk_backup(disk);
+        Ok(TMS_OK)
+    })
+}
+
+/// Where allocations of the calling thread keep their contents: "pinned", "mmap", "file" or "none".
+/// Static; never NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn tms_get_storage_backend_type() -> *const c_char {
+    forward!(tms_get_storage_backend_type() else |_: &_| c"none".as_ptr());
+    fenced(|| {
+        Ok(match region::current_or_default()?.backup() {
+            Some("pinned") => c"pinned",
+            Some("mmap") => c"mmap",
+            Some("file") => c"file",
+            _ => c"none",
+        })
+    })
+    .unwrap_or(c"none")
+    .as_ptr()
 }
 
 /// Whether backups in host memory stay after a resume, at the same address in every cycle, for
@@ -273,6 +323,41 @@ pub extern "C" fn tms_get_cpu_backup_pointer(gpu: *const u8, size: u64) -> *mut 
     .unwrap_or(std::ptr::null_mut())
 }
 
+/// The default saver, unless host memory would silently stand in for a GPU: that is only done where
+/// it was asked for, or where neither a CUDA driver nor a CUDA runtime can be loaded.
+fn serving_saver() -> Result<Saver> {
+    let saver = default_saver()?;
+    if saver.platform().kind() == DeviceKind::Host
+        && !super::compat::host_device_wanted()
+        && cuda_can_be_loaded()
+    {
+        return Err(Error::new(
+            ErrorKind::NoDevice,
+            "a CUDA library is installed but no GPU can be used; TMS_DEVICE=host asks for host memory",
+        ));
+    }
+    Ok(saver)
+}
+
+fn cuda_can_be_loaded() -> bool {
+    static LOADED: OnceLock<bool> = OnceLock::new();
+    *LOADED.get_or_init(|| {
+        [
+            c"libcuda.so.1",
+            c"libcuda.so",
+            c"libcudart.so.13",
+            c"libcudart.so.12",
+            c"libcudart.so.11.0",
+        ]
+        .iter()
+        .any(|name| {
+            // SAFETY: the name is terminated; the handle is kept, so nothing is unloaded.
+            let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_LOCAL) };
+            !handle.is_null()
+        })
+    })
+}
+
 /// For hooks: allocates from the default saver as the calling thread's region, or its defaults, say.
 ///
 /// `pointer` receives the address; not NULL. `bytes`: more than 0. `device`: an ordinal, or −1.
@@ -288,7 +373,7 @@ pub unsafe extern "C" fn tms_hook_malloc(
     fence(|| {
         let pointer = out(pointer, "pointer")?;
         let chosen = region::current_or_default()?;
-        let address = default_saver()?.malloc(bytes as u64, ordinal(device)?, &chosen)?;
+        let address = serving_saver()?.malloc(bytes as u64, ordinal(device)?, &chosen)?;
         // SAFETY: valid for writes by the function's contract.
         unsafe { pointer.write(address as *mut c_void) };
         Ok(TMS_OK)
@@ -301,7 +386,7 @@ pub unsafe extern "C" fn tms_hook_malloc(
 /// Returns TMS_OK; TMS_ERR_NOT_FOUND if the pointer is not ours: it belongs to the real runtime;
 /// TMS_ERR_FORKED; TMS_ERR_SHUTDOWN.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn tms_hook_free(pointer: *mut c_void, stream: *mut c_void) -> c_int {
+pub extern "C" fn tms_hook_free(pointer: *mut c_void, stream: *mut c_void) -> c_int {
     forward!(tms_hook_free(pointer, stream));
     // Foreign pointers are the common case: no message is made for them.
     let saver = Saver::existing_default();
@@ -383,8 +468,7 @@ pub unsafe extern "C" fn tms_torch_free(
     if pointer.is_null() {
         return;
     }
-    // SAFETY: the same contract.
-    let status = unsafe { tms_hook_free(pointer, stream) };
+    let status = tms_hook_free(pointer, stream);
     if status == TMS_ERR_NOT_FOUND {
         tracing::error!("tms_torch_free: {pointer:?} is not an allocation of the library");
     }

@@ -1,9 +1,10 @@
 //! Pinned host memory for backups and staging, in chunks that outlive a single pause.
 //!
 //! Pinning memory costs far more than copying into it, so blocks come from chunks that were
-//! populated and registered once, by several threads, slice by slice: a copy into the first slice
-//! can start while the last one is still being populated. This file knows nothing about what the
-//! bytes mean.
+//! populated (by several threads) and registered once: copies into the first chunk start while
+//! others are still being populated. A chunk is one registration, because the driver refuses a copy
+//! that spans two (seen on an H200: code 1), and the host may copy from a whole backup. This file
+//! knows nothing about what the bytes mean.
 
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
@@ -14,8 +15,8 @@ use super::workers::Workers;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 
-/// A slice is populated and registered as one; also the size of a chunk shared by small blocks.
-/// Large enough for the bus (32 MiB is), small enough to start copying early.
+/// What one thread populates at a time; also the size of a chunk shared by small blocks. Large
+/// enough for the bus (32 MiB is), small enough to start copying early.
 pub const SLICE: usize = 64 << 20;
 
 /// Blocks begin at multiples of this: a huge page, so that a chunk of small blocks has no holes.
@@ -23,11 +24,14 @@ const ALIGNMENT: usize = 2 << 20;
 
 const PAGE: usize = 4096;
 
-#[derive(Clone, Debug)]
-enum Slice {
-    Pending,
+#[derive(Debug)]
+enum Phase {
+    /// So many slices are not populated yet; the thread that ends the last one registers.
+    Growing { left: usize, failure: Option<Error> },
+    /// Registered.
     Ready,
-    Failed(ErrorKind, String),
+    /// Not usable, not registered; goes when its last block goes.
+    Failed(Error),
 }
 
 struct Chunk {
@@ -35,23 +39,18 @@ struct Chunk {
     /// Free ranges by offset; neighbours are merged.
     free: BTreeMap<usize, usize>,
     used: usize,
-    /// Registered on their own, so that the first can be used while the last is populated.
-    slices: Vec<Slice>,
+    phase: Phase,
     /// The device whose context registered the memory, and must unregister it.
     device: Arc<dyn Device>,
 }
 
 impl Chunk {
-    fn pending(&self) -> bool {
-        self.slices
-            .iter()
-            .any(|slice| matches!(slice, Slice::Pending))
+    fn growing(&self) -> bool {
+        matches!(self.phase, Phase::Growing { .. })
     }
 
     fn failed(&self) -> bool {
-        self.slices
-            .iter()
-            .any(|slice| matches!(slice, Slice::Failed(..)))
+        matches!(self.phase, Phase::Failed(_))
     }
 
     fn take(&mut self, bytes: usize) -> Option<usize> {
@@ -98,8 +97,8 @@ struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        for (base, mut chunk) in std::mem::take(&mut state.chunks) {
-            release_memory(base, &mut chunk);
+        for (base, chunk) in std::mem::take(&mut state.chunks) {
+            release_memory(base, &chunk);
         }
     }
 }
@@ -139,7 +138,7 @@ impl Arena {
     }
 
     /// One block for each size. Either all are given or none; nothing is touched before the limits
-    /// are checked. Blocks of new chunks become ready in the background: see [`Block::pieces`].
+    /// are checked. Blocks of new chunks become ready in the background: see [`Block::wait`].
     pub fn allocate(&self, device: &Arc<dyn Device>, sizes: &[u64]) -> Result<Vec<Block>> {
         let mut blocks = Vec::with_capacity(sizes.len());
         let mut remaining = 0usize;
@@ -189,6 +188,7 @@ impl Arena {
             offset,
             bytes,
             pointer,
+            at_once: false,
         })
     }
 
@@ -209,16 +209,13 @@ impl Arena {
                 ),
             ));
         }
-        // What is pending was promised but is not yet taken from the system's figures.
+        // What is growing was promised but is not yet taken from the system's figures.
         let promised: usize = state
             .chunks
             .values()
-            .map(|chunk| {
-                let pending = chunk
-                    .slices
-                    .iter()
-                    .filter(|slice| matches!(slice, Slice::Pending));
-                pending.count() * SLICE.min(chunk.bytes)
+            .map(|chunk| match &chunk.phase {
+                Phase::Growing { left, .. } => (left * SLICE).min(chunk.bytes),
+                _ => 0,
             })
             .sum();
         if let Some(headroom) = limits::headroom()
@@ -232,8 +229,7 @@ impl Arena {
             ));
         }
         let base = map_anonymous(bytes)?;
-        let slices = vec![Slice::Pending; bytes.div_ceil(SLICE)];
-        let count = slices.len();
+        let count = bytes.div_ceil(SLICE);
         let free = match bytes - used {
             0 => BTreeMap::new(),
             rest => BTreeMap::from([(used, rest)]),
@@ -244,7 +240,10 @@ impl Arena {
                 bytes,
                 free,
                 used,
-                slices,
+                phase: Phase::Growing {
+                    left: count,
+                    failure: None,
+                },
                 device: Arc::clone(device),
             },
         );
@@ -254,39 +253,58 @@ impl Arena {
             let device = Arc::clone(device);
             let length = SLICE.min(bytes - index * SLICE);
             self.inner.workers.submit(move || {
-                let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                    populate_and_register(&*device, base + index * SLICE, length)
-                }))
-                .unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "pinning panicked")));
-                let outcome = match result {
-                    Ok(()) => Slice::Ready,
-                    Err(error) => Slice::Failed(error.kind(), error.to_string()),
-                };
-                let mut state = lock(&arena.inner);
-                if let Some(chunk) = state.chunks.get_mut(&base) {
-                    chunk.slices[index] = outcome;
-                }
-                drop(state);
-                arena.inner.changed.notify_all();
+                let populated = contained(|| populate(base + index * SLICE, length));
+                arena.populated(base, bytes, &*device, populated);
             });
         }
         Ok(base)
     }
 
-    /// Waits until the slice `index` of the chunk at `base` can be used.
-    fn wait(&self, base: usize, index: usize) -> Result<()> {
+    /// Notes the end of a slice. The last one registers the chunk.
+    fn populated(&self, base: usize, bytes: usize, device: &dyn Device, result: Result<()>) {
+        let failure = {
+            let mut state = lock(&self.inner);
+            let Some(chunk) = state.chunks.get_mut(&base) else {
+                return;
+            };
+            let Phase::Growing { left, failure } = &mut chunk.phase else {
+                return;
+            };
+            *left -= 1;
+            if let Err(error) = result {
+                failure.get_or_insert(error);
+            }
+            if *left > 0 {
+                return;
+            }
+            failure.take()
+        };
+        let registered = match failure {
+            Some(error) => Err(error),
+            None => contained(|| {
+                // SAFETY: the chunk stays mapped until it was unregistered, see `release_memory`.
+                unsafe { device.register_host(base as *mut u8, bytes) }.map_err(|error| {
+                    error.context(format_args!("pinning {bytes} bytes of host memory"))
+                })
+            }),
+        };
+        if let Some(chunk) = lock(&self.inner).chunks.get_mut(&base) {
+            chunk.phase = match registered {
+                Ok(()) => Phase::Ready,
+                Err(error) => Phase::Failed(error),
+            };
+        }
+        self.inner.changed.notify_all();
+    }
+
+    /// Waits until the chunk at `base` can be used.
+    fn wait(&self, base: usize) -> Result<()> {
         let mut state = lock(&self.inner);
         loop {
-            let slice = state
-                .chunks
-                .get(&base)
-                .and_then(|chunk| chunk.slices.get(index));
-            match slice {
-                Some(Slice::Ready) => return Ok(()),
-                Some(Slice::Failed(kind, message)) => {
-                    return Err(Error::new(*kind, message.clone()));
-                }
-                Some(Slice::Pending) => {
+            match state.chunks.get(&base).map(|chunk| &chunk.phase) {
+                Some(Phase::Ready) => return Ok(()),
+                Some(Phase::Failed(error)) => return Err(error.clone()),
+                Some(Phase::Growing { .. }) => {
                     state = self
                         .inner
                         .changed
@@ -311,7 +329,7 @@ impl Arena {
         }
         let failed = chunk.failed();
         if now || failed {
-            while state.chunks.get(&base).is_some_and(Chunk::pending) {
+            while state.chunks.get(&base).is_some_and(Chunk::growing) {
                 state = self
                     .inner
                     .changed
@@ -334,7 +352,7 @@ impl Arena {
     /// at most `keep` bytes idle.
     fn trim_to(&self, keep: usize) {
         let mut state = lock(&self.inner);
-        let idle = |chunk: &Chunk| chunk.used == 0 && !chunk.pending();
+        let idle = |chunk: &Chunk| chunk.used == 0 && !chunk.growing();
         let mut excess = state
             .chunks
             .values()
@@ -366,9 +384,9 @@ impl Arena {
     /// Unregisters and unmaps a chunk that was taken out of the table. What the driver refuses to
     /// unregister goes back into it, to be tried again by a later trim.
     fn release(&self, base: usize, chunk: Option<Chunk>) {
-        let Some(mut chunk) = chunk else { return };
+        let Some(chunk) = chunk else { return };
         let bytes = chunk.bytes;
-        let released = release_memory(base, &mut chunk);
+        let released = release_memory(base, &chunk);
         let mut state = lock(&self.inner);
         if released {
             state.pinned -= bytes;
@@ -393,8 +411,7 @@ impl Arena {
             .range(..=pointer)
             .next_back()
             .is_some_and(|(base, chunk)| {
-                pointer - base < chunk.bytes
-                    && matches!(chunk.slices[(pointer - base) / SLICE], Slice::Ready)
+                pointer - base < chunk.bytes && matches!(chunk.phase, Phase::Ready)
             })
     }
 }
@@ -406,21 +423,14 @@ pub struct Block {
     offset: usize,
     bytes: usize,
     pointer: NonNull<u8>,
+    /// How to give it back, see [`Block::release_now`].
+    at_once: bool,
 }
 
 // SAFETY: the pointer refers to memory that the block owns; nothing in it depends on the thread.
 unsafe impl Send for Block {}
 // SAFETY: a shared block only tells its address and length.
 unsafe impl Sync for Block {}
-
-/// A part of a block that lies in one registration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// From the beginning of the block, bytes.
-    pub offset: usize,
-    pub bytes: usize,
-    slice: usize,
-}
 
 impl Block {
     pub fn pointer(&self) -> NonNull<u8> {
@@ -431,75 +441,46 @@ impl Block {
         self.bytes
     }
 
-    /// The parts of the first `bytes` bytes, each within one registration: a copy across two of
-    /// them is not pinned for the driver.
-    pub fn pieces(&self, bytes: usize) -> impl Iterator<Item = Piece> + use<> {
-        let start = self.offset;
-        let end = start + bytes.min(self.bytes);
-        let mut at = start;
-        std::iter::from_fn(move || {
-            if at >= end {
-                return None;
-            }
-            let slice = at / SLICE;
-            let stop = ((slice + 1) * SLICE).min(end);
-            let piece = Piece {
-                offset: at - start,
-                bytes: stop - at,
-                slice,
-            };
-            at = stop;
-            Some(piece)
-        })
-    }
-
-    /// Waits until the piece is populated and registered.
-    pub fn wait(&self, piece: Piece) -> Result<()> {
-        self.arena.wait(self.base, piece.slice)
+    /// Waits until the block is populated and registered.
+    pub fn wait(&self) -> Result<()> {
+        self.arena.wait(self.base)
     }
 
     /// Gives the block back; if its chunk is empty then, it is unregistered before this returns.
-    pub fn release_now(self) {
-        self.arena
-            .give_back(self.base, self.offset, self.bytes, true);
-        std::mem::forget(self);
+    pub fn release_now(mut self) {
+        self.at_once = true;
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
         self.arena
-            .give_back(self.base, self.offset, self.bytes, false);
+            .give_back(self.base, self.offset, self.bytes, self.at_once);
     }
 }
 
-/// Unregisters and unmaps; false if the driver kept a part, which then stays mapped, because
+/// Unregisters and unmaps; false if the driver kept it, and then it stays mapped, because
 /// unmapping registered memory would leave the driver with dangling pages.
-fn release_memory(base: usize, chunk: &mut Chunk) -> bool {
+fn release_memory(base: usize, chunk: &Chunk) -> bool {
     if crate::process::check().is_err() {
         return false;
     }
-    let device = Arc::clone(&chunk.device);
-    let mut released = true;
-    for (index, slice) in chunk.slices.iter_mut().enumerate() {
-        if !matches!(slice, Slice::Ready) {
-            continue;
-        }
-        let pointer = (base + index * SLICE) as *mut u8;
+    if matches!(chunk.phase, Phase::Ready) {
         // SAFETY: the chunk has no block, so no copy uses it, and it was registered here.
-        match unsafe { device.unregister_host(pointer) } {
-            Ok(()) => *slice = Slice::Failed(ErrorKind::Internal, "unregistered".to_string()),
-            Err(error) => {
-                tracing::warn!("pinned memory is released later: {error}");
-                released = false;
-            }
+        if let Err(error) = unsafe { chunk.device.unregister_host(base as *mut u8) } {
+            tracing::warn!("pinned memory is released later: {error}");
+            return false;
         }
     }
-    if released {
-        // SAFETY: mapped by `map_anonymous`, and nothing refers to it any more.
-        unsafe { libc::munmap(base as *mut libc::c_void, chunk.bytes) };
-    }
-    released
+    // SAFETY: mapped by `map_anonymous`, and nothing refers to it any more.
+    unsafe { libc::munmap(base as *mut libc::c_void, chunk.bytes) };
+    true
+}
+
+/// A panic of a job becomes an error: whoever waits for the chunk must hear of it.
+fn contained(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Internal, "pinning memory panicked")))
 }
 
 /// Reserves zero-filled private memory, aligned for huge pages, without touching it.
@@ -542,7 +523,7 @@ fn map_anonymous(bytes: usize) -> Result<usize> {
 }
 
 /// Makes every page present. Refusal by the kernel is an error, not a signal.
-pub(super) fn populate(base: usize, bytes: usize) -> Result<()> {
+fn populate(base: usize, bytes: usize) -> Result<()> {
     // SAFETY: the range is mapped, private and writable; populating does not change its contents.
     let result =
         unsafe { libc::madvise(base as *mut libc::c_void, bytes, libc::MADV_POPULATE_WRITE) };
@@ -564,11 +545,4 @@ pub(super) fn populate(base: usize, bytes: usize) -> Result<()> {
         unsafe { page.write_volatile(0) };
     }
     Ok(())
-}
-
-fn populate_and_register(device: &dyn Device, base: usize, bytes: usize) -> Result<()> {
-    populate(base, bytes)?;
-    // SAFETY: the chunk stays mapped until it was unregistered, see `release`.
-    unsafe { device.register_host(base as *mut u8, bytes) }
-        .map_err(|error| error.context(format_args!("pinning {bytes} bytes of host memory")))
 }

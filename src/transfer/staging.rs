@@ -50,9 +50,7 @@ impl Ring {
             .allocate(device, &[(PIECE * SLOTS) as u64])?
             .pop()
             .ok_or_else(|| Error::new(ErrorKind::Internal, "the arena gave no block"))?;
-        for piece in block.pieces(block.bytes()) {
-            block.wait(piece).context(|| "staging memory")?;
-        }
+        block.wait().context(|| "staging memory")?;
         Ok(Ring {
             block,
             slots: Mutex::new(Slots {

@@ -90,7 +90,7 @@ impl CudaDevice {
 
     fn check_granules(&self, argument: &str, value: u64) -> Result<()> {
         let granularity = self.info.granularity;
-        if value % granularity != 0 {
+        if !value.is_multiple_of(granularity) {
             return Err(Error::invalid(
                 argument,
                 format_args!("{value:#x} is not a multiple of {granularity:#x}"),

@@ -64,13 +64,13 @@ pub(super) fn flags(driver: &Current, pointer: *const u8) -> Result<u32> {
 fn check_range(pointer: *mut u8, bytes: usize) -> Result<()> {
     // SAFETY: reads a constant of the system.
     let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
-    if pointer.is_null() || pointer.addr() % page != 0 {
+    if pointer.is_null() || !pointer.addr().is_multiple_of(page) {
         return Err(Error::invalid(
             "pointer",
             format_args!("{pointer:p} is not the start of a page"),
         ));
     }
-    if bytes == 0 || bytes % page != 0 {
+    if bytes == 0 || !bytes.is_multiple_of(page) {
         return Err(Error::invalid(
             "bytes",
             format_args!("{bytes} is not a multiple of {page}"),

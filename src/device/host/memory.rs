@@ -287,22 +287,22 @@ impl Memory {
 
     pub(super) fn register(&self, pointer: u64, bytes: u64) -> Result<()> {
         let page = os::page_size();
-        if pointer == 0 || pointer % page != 0 {
+        if pointer == 0 || !pointer.is_multiple_of(page) {
             let why = format!("{pointer:#x} is not a multiple of the page size, {page}");
             return Err(Error::invalid("pointer", why));
         }
-        if bytes == 0 || bytes % page != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(page) {
             let why = format!("{bytes} is not a multiple of the page size, {page}");
             return Err(Error::invalid("bytes", why));
         }
         let range = range_of(pointer, bytes)?;
         let mut state = self.lock();
         state.check_not_device("pointer", &range)?;
-        if let Some((at, length)) = state.registered.range(..range.end).next_back() {
-            if at + length > range.start {
-                let why = format!("{at:#x}, {length} bytes, is registered already");
-                return Err(Error::invalid("pointer", why));
-            }
+        if let Some((at, length)) = state.registered.range(..range.end).next_back()
+            && at + length > range.start
+        {
+            let why = format!("{at:#x}, {length} bytes, is registered already");
+            return Err(Error::invalid("pointer", why));
         }
         state.registered.insert(pointer, bytes);
         Ok(())
@@ -447,7 +447,7 @@ fn with_loss(error: Error, kept: Result<()>) -> Error {
 }
 
 fn check_size(bytes: u64) -> Result<()> {
-    if bytes == 0 || bytes % GRANULARITY != 0 || i64::try_from(bytes).is_err() {
+    if bytes == 0 || !bytes.is_multiple_of(GRANULARITY) || i64::try_from(bytes).is_err() {
         let why = format!("{bytes} is not a multiple of {GRANULARITY} above 0");
         return Err(Error::invalid("bytes", why));
     }
@@ -456,7 +456,7 @@ fn check_size(bytes: u64) -> Result<()> {
 
 fn check_range(address: Address, bytes: u64) -> Result<Range<Address>> {
     check_size(bytes)?;
-    if address % GRANULARITY != 0 {
+    if !address.is_multiple_of(GRANULARITY) {
         let why = format!("{address:#x} is not a multiple of {GRANULARITY}");
         return Err(Error::invalid("address", why));
     }

@@ -469,12 +469,12 @@ impl State {
     /// Takes the next work of a ready stream, or parks it.
     fn start(&mut self, stream: u64) -> Option<(u32, Work)> {
         let queue = self.streams.get_mut(&stream)?;
-        if let Some(Work::Wait { record }) = queue.work.front() {
-            if let Some(parked) = self.pending.get_mut(record) {
-                parked.push(stream);
-                queue.place = Place::Parked;
-                return None;
-            }
+        if let Some(Work::Wait { record }) = queue.work.front()
+            && let Some(parked) = self.pending.get_mut(record)
+        {
+            parked.push(stream);
+            queue.place = Place::Parked;
+            return None;
         }
         queue.place = Place::Running;
         Some((queue.device, queue.work.pop_front()?))
@@ -503,10 +503,10 @@ impl State {
     /// Passes the stream's failure on to the event, unless the event was recorded anew meanwhile.
     fn fire(&mut self, stream: u64, event: u64, record: u64) {
         let failure = self.streams.get(&stream).and_then(|q| q.failure.clone());
-        if let Some(mark) = self.events.get_mut(&event) {
-            if mark.record == record {
-                mark.failure = failure;
-            }
+        if let Some(mark) = self.events.get_mut(&event)
+            && mark.record == record
+        {
+            mark.failure = failure;
         }
     }
 

@@ -471,7 +471,7 @@ class Saver:
         c.check(c.load().tms_saver_set_memory_margin(self._live(), device, bytes))
 
     def export(self, address: int) -> Tuple[int, int]:
-        """A file descriptor that another process can import, and its bytes. The caller closes it."""
+        """A descriptor that another process can import, and its bytes. The caller closes it."""
         descriptor, size = ctypes.c_int32(), ctypes.c_uint64()
         c.check(
             c.load().tms_saver_export(
