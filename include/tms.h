@@ -1028,6 +1028,20 @@ int tms_set_storage_backend_type(const char *name);
 const char *tms_get_storage_backend_type(void);
 
 /**
+ * Describes a Mooncake cluster as a place for backups. This build has no such backend.
+ *
+ * All strings may be NULL: address of this host, metadata server, master, protocol ("tcp" or
+ * "rdma"), device names.
+ *
+ * Returns TMS_ERR_UNSUPPORTED.
+ */
+int tms_set_mooncake_config(const char *local_hostname,
+                            const char *metadata_server,
+                            const char *master_server_address,
+                            const char *protocol,
+                            const char *device_name);
+
+/**
  * Whether backups in host memory stay after a resume, at the same address in every cycle, for
  * regions that do not say. For the process; decided when a resume ends.
  */

@@ -280,10 +280,10 @@ impl Saver {
     /// The saver of the process, on the platform `TMS_DEVICE` asks for. Only success is
     /// remembered: a driver that appears later is found.
     pub fn process_default() -> Result<Saver> {
+        process::check()?;
         if let Some(saver) = Saver::existing_default() {
             return Ok(saver);
         }
-        process::check()?;
         let _opening = lock(&DEFAULT_OPENING);
         if let Some(saver) = Saver::existing_default() {
             return Ok(saver);

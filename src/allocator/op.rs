@@ -111,6 +111,8 @@ struct Task {
 #[derive(Default)]
 struct Queue {
     tasks: VecDeque<Task>,
+    /// Operations whose end was not announced yet.
+    unfinished: usize,
     running: bool,
 }
 
@@ -145,12 +147,13 @@ impl Service {
             }
             queue.running = true;
         }
+        queue.unfinished += 1;
         Ok(op)
     }
 
     /// Whether any operation runs or waits.
     pub fn busy(&self) -> bool {
-        lock(&self.queue).running
+        lock(&self.queue).unfinished > 0
     }
 }
 
@@ -164,18 +167,19 @@ fn serve(shared: &Mutex<Queue>) {
         drop(queue);
         let control = Arc::clone(&task.op.shared.control);
         let stepped = catch_unwind(AssertUnwindSafe(|| (task.step)(&control)));
-        match stepped {
-            Ok(None) => lock(shared).tasks.push_back(task),
-            Ok(Some(outcome)) => {
-                // The step holds the saver; it goes before anybody hears of the end.
-                let Task { op, step } = task;
-                drop(step);
-                op.finish(outcome);
+        let outcome = match stepped {
+            Ok(None) => {
+                lock(shared).tasks.push_back(task);
+                continue;
             }
-            Err(_) => task.op.finish(Outcome::failed(Error::new(
-                ErrorKind::Internal,
-                "the operation panicked",
-            ))),
-        }
+            Ok(Some(outcome)) => outcome,
+            Err(_) => Outcome::failed(Error::new(ErrorKind::Internal, "the operation panicked")),
+        };
+        // Whoever hears of the end may free the saver at once: the step, which holds it, goes
+        // first, and so does the mark that makes it busy.
+        let Task { op, step } = task;
+        drop(step);
+        lock(shared).unfinished -= 1;
+        op.finish(outcome);
     }
 }

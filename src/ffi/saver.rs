@@ -15,6 +15,7 @@ use super::status::TMS_OK;
 use crate::allocator::{Outcome, PauseOptions, ResumeOptions, Saver, State, region};
 use crate::device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::process;
 
 /// Owns allocations. Made by tms_saver_create, or the default one of the process.
 #[allow(non_camel_case_types)]
@@ -25,6 +26,10 @@ pub struct tms_saver_t {
 
 impl tms_saver_t {
     fn saver(&self) -> Result<Saver> {
+        // In a child the locks may be held by threads that do not exist there.
+        if process::forked() {
+            process::check()?;
+        }
         match &self.own {
             Some(saver) => Ok(saver.clone()),
             None => default_saver(),
@@ -369,6 +374,7 @@ pub unsafe extern "C" fn tms_saver_create(
     forward!(tms_saver_create(options, saver));
     fence(|| {
         super::log::read_environment();
+        process::check()?;
         let saver = out(saver, "saver")?;
         // SAFETY: valid by the function's contract.
         let options = unsafe { optional_struct(options, "options") }?;

@@ -187,6 +187,33 @@ pub extern "C" fn tms_get_storage_backend_type() -> *const c_char {
     .as_ptr()
 }
 
+/// Describes a Mooncake cluster as a place for backups. This build has no such backend.
+///
+/// All strings may be NULL: address of this host, metadata server, master, protocol ("tcp" or
+/// "rdma"), device names.
+///
+/// Returns TMS_ERR_UNSUPPORTED.
+#[unsafe(no_mangle)]
+pub extern "C" fn tms_set_mooncake_config(
+    local_hostname: *const c_char,
+    metadata_server: *const c_char,
+    master_server_address: *const c_char,
+    protocol: *const c_char,
+    device_name: *const c_char,
+) -> c_int {
+    forward!(tms_set_mooncake_config(
+        local_hostname,
+        metadata_server,
+        master_server_address,
+        protocol,
+        device_name
+    ));
+    fail(&Error::new(
+        ErrorKind::Unsupported,
+        "this build has no mooncake backend; use pinned, mmap or file",
+    ))
+}
+
 /// Whether backups in host memory stay after a resume, at the same address in every cycle, for
 /// regions that do not say. For the process; decided when a resume ends.
 #[unsafe(no_mangle)]
@@ -256,6 +283,7 @@ pub unsafe extern "C" fn tms_pause(tag: *const c_char) -> c_int {
     fence(|| {
         // SAFETY: by the function's contract.
         let tag = unsafe { selection(tag) }?;
+        crate::process::check()?;
         let Some(saver) = Saver::existing_default() else {
             return Ok(TMS_OK);
         };
@@ -296,6 +324,7 @@ pub unsafe extern "C" fn tms_resume(tag: *const c_char) -> c_int {
     fence(|| {
         // SAFETY: by the function's contract.
         let tag = unsafe { selection(tag) }?;
+        crate::process::check()?;
         let Some(saver) = Saver::existing_default() else {
             return Ok(TMS_OK);
         };
@@ -310,13 +339,20 @@ pub unsafe extern "C" fn tms_resume(tag: *const c_char) -> c_int {
     })
 }
 
+/// The default saver if there is one and this is not a forked child of its process.
+fn saver_here() -> Option<Saver> {
+    (!crate::process::forked())
+        .then(Saver::existing_default)
+        .flatten()
+}
+
 /// Host memory with the backup of `size` bytes at the device address `gpu`, NULL if there is none.
 /// See tms_saver_backup_pointer.
 #[unsafe(no_mangle)]
 pub extern "C" fn tms_get_cpu_backup_pointer(gpu: *const u8, size: u64) -> *mut u8 {
     forward!(tms_get_cpu_backup_pointer(gpu, size) else |_: &_| std::ptr::null_mut());
     fenced(|| {
-        Ok(Saver::existing_default()
+        Ok(saver_here()
             .and_then(|saver| saver.backup_pointer(gpu as u64, size))
             .map_or(std::ptr::null_mut(), |pointer| pointer.as_ptr()))
     })
@@ -388,6 +424,10 @@ pub unsafe extern "C" fn tms_hook_malloc(
 #[unsafe(no_mangle)]
 pub extern "C" fn tms_hook_free(pointer: *mut c_void, stream: *mut c_void) -> c_int {
     forward!(tms_hook_free(pointer, stream));
+    // In a forked child nothing is ours, and our locks may be held by threads that are not there.
+    if crate::process::forked() {
+        return TMS_ERR_NOT_FOUND;
+    }
     // Foreign pointers are the common case: no message is made for them.
     let saver = Saver::existing_default();
     let Some(saver) = saver.filter(|saver| saver.owns(pointer as u64)) else {
@@ -403,7 +443,7 @@ pub extern "C" fn tms_hook_free(pointer: *mut c_void, stream: *mut c_void) -> c_
 #[unsafe(no_mangle)]
 pub extern "C" fn tms_hook_is_pinned(pointer: *const c_void) -> bool {
     forward!(tms_hook_is_pinned(pointer) else |_: &_| false);
-    fenced(|| Ok(Saver::existing_default().is_some_and(|saver| saver.is_pinned(pointer as usize))))
+    fenced(|| Ok(saver_here().is_some_and(|saver| saver.is_pinned(pointer as usize))))
         .unwrap_or(false)
 }
 
