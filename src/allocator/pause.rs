@@ -36,6 +36,75 @@ impl Item {
     }
 }
 
+/// One allocation after the commit point.
+struct Leaving {
+    item: Item,
+    /// Where it ends: paused once it is unmapped.
+    state: State,
+    /// Its physical memory.
+    residue: Residue,
+}
+
+impl Leaving {
+    fn new(item: Item) -> Leaving {
+        let device = Arc::clone(&item.allocation.device);
+        let mut residue = Residue::reserved(device, item.address, item.bytes);
+        residue.unreserve = false;
+        residue.physical = item.allocation.physical;
+        Leaving {
+            item,
+            state: State::Active,
+            residue,
+        }
+    }
+
+    fn is_on(&self, device: &dyn Device) -> bool {
+        self.residue.device.info().ordinal == device.info().ordinal
+    }
+
+    fn fails(&self, error: Error, summary: &mut Summary) {
+        summary.failures.push(Failure {
+            address: self.item.address,
+            bytes: self.item.bytes,
+            error,
+        });
+    }
+
+    fn unmap(&mut self, summary: &mut Summary) {
+        if self.item.stored.is_some() {
+            summary.copied_bytes += self.item.bytes;
+        }
+        match self
+            .residue
+            .device
+            .unmap(self.item.address, self.item.bytes)
+        {
+            Ok(()) => {
+                self.state = State::Paused;
+                summary.done_count += 1;
+                summary.done_bytes += self.item.bytes;
+            }
+            Err(error) => self.fails(error.context("stays active"), summary),
+        }
+    }
+
+    /// Bytes that were released.
+    fn release(&mut self, summary: &mut Summary) -> u64 {
+        if self.state != State::Paused {
+            return 0;
+        }
+        if self.residue.clear() {
+            return self.item.bytes;
+        }
+        let error = Error::new(
+            ErrorKind::Device,
+            "paused, but its memory could not be released yet; the next call tries again",
+        );
+        self.fails(error, summary);
+        0
+    }
+}
+
 impl Saver {
     /// Pauses a selection. All backups are complete before the first byte is released; if one
     /// fails, everything stays active. After that point each allocation that cannot be unmapped
@@ -241,63 +310,43 @@ impl Saver {
         }
     }
 
-    /// Unmaps and releases. From here on it only goes forward.
+    /// Unmaps everything, then releases everything: in turns the driver takes longer. From here
+    /// on it only goes forward.
     fn commit(&self, items: Vec<Item>) -> Outcome {
-        let devices = devices_of(items.iter().map(Item::span).collect::<Vec<_>>().iter());
+        let spans: Vec<Span> = items.iter().map(Item::span).collect();
+        let devices = devices_of(&spans);
         let before = free_bytes(&devices);
         let mut summary = Summary::default();
+        let mut leaving: Vec<Leaving> = items.into_iter().map(Leaving::new).collect();
+        for device in &devices {
+            device.together(&mut || {
+                for left in leaving.iter_mut().filter(|left| left.is_on(&**device)) {
+                    left.unmap(&mut summary);
+                }
+            });
+        }
         let mut released = 0;
-        let mut finished = Vec::with_capacity(items.len());
-        for item in items {
-            let mut residue = Residue::reserved(
-                Arc::clone(&item.allocation.device),
-                item.address,
-                item.bytes,
-            );
-            residue.unreserve = false;
-            residue.physical = item.allocation.physical;
-            let device = &item.allocation.device;
-            let state = match device.unmap(item.address, item.bytes) {
-                Ok(()) => {
-                    if residue.clear() {
-                        released += item.bytes;
-                    } else {
-                        summary.failures.push(Failure {
-                            address: item.address,
-                            bytes: item.bytes,
-                            error: Error::new(
-                                ErrorKind::Device,
-                                "paused, but its memory could not be released yet; the next call tries again",
-                            ),
-                        });
-                    }
-                    summary.done_count += 1;
-                    summary.done_bytes += item.bytes;
-                    State::Paused
+        for device in &devices {
+            device.together(&mut || {
+                for left in leaving.iter_mut().filter(|left| left.is_on(&**device)) {
+                    released += left.release(&mut summary);
                 }
-                Err(error) => {
-                    summary.failures.push(Failure {
-                        address: item.address,
-                        bytes: item.bytes,
-                        error: error.context("stays active"),
-                    });
-                    State::Active
-                }
-            };
-            if item.stored.is_some() {
-                summary.copied_bytes += item.bytes;
-            }
-            finished.push((item, state, residue));
+            });
         }
         summary.shortfall_bytes = shortfall(&before, &free_bytes(&devices), released);
-        for (item, state, residue) in finished {
-            self.settle_paused(item, state, residue);
+        for left in leaving {
+            self.settle_paused(left);
         }
         Outcome::from_summary("pause", summary)
     }
 
     /// Writes the end of a pause into the table.
-    fn settle_paused(&self, item: Item, state: State, residue: Residue) {
+    fn settle_paused(&self, left: Leaving) {
+        let Leaving {
+            item,
+            state,
+            residue,
+        } = left;
         let mut held = self.held();
         if residue.physical.is_some() && state == State::Paused {
             held.residues.push(residue);

@@ -9,10 +9,10 @@ use super::{
     Allocation, Failure, Op, Outcome, Residue, ResumeOptions, Saver, Stored, Summary, lock, region,
 };
 use crate::backup::{self, Discard, LoadItem};
-use crate::device::Address;
+use crate::device::{Address, CreateOptions};
 use crate::error::{ErrorKind, Result};
 use crate::process;
-use crate::transfer::{Control, Span};
+use crate::transfer::{Control, Span, devices_of};
 
 /// First and longest pause between two looks at the free memory of a device.
 const SHORTEST_NAP: Duration = Duration::from_millis(1);
@@ -26,6 +26,49 @@ struct Item {
     /// What was created and mapped for it so far.
     residue: Residue,
     result: Result<()>,
+}
+
+impl Item {
+    fn span(&self) -> Span {
+        Span {
+            device: Arc::clone(&self.allocation.device),
+            address: self.address,
+            bytes: self.bytes,
+        }
+    }
+
+    fn create(&mut self, needed: u64) -> Result<()> {
+        let region = &self.allocation.region;
+        let options = CreateOptions {
+            exportable: region.exportable,
+        };
+        let device = &self.allocation.device;
+        let physical = device.create(self.bytes, options).map_err(|error| {
+            if error.kind() != ErrorKind::OutOfDeviceMemory {
+                return error;
+            }
+            let free = device.memory().map_or(0, |memory| memory.free);
+            error.context(format_args!(
+                "tag \"{}\" needs {needed} bytes in all, about {free} are free now ({} bytes short); \
+                 release memory or pause something else, then resume again",
+                region.tag(),
+                self.bytes.saturating_sub(free).max(1),
+            ))
+        })?;
+        self.residue.physical = Some(physical);
+        Ok(())
+    }
+
+    fn map(&mut self) -> Result<()> {
+        let device = &self.allocation.device;
+        let Some(physical) = self.residue.physical else {
+            return Ok(());
+        };
+        device.map(self.address, self.bytes, physical)?;
+        self.residue.mapped = true;
+        let peers = Saver::peers(device, &self.allocation.region);
+        device.set_access(self.address, self.bytes, peers)
+    }
 }
 
 /// Waits between attempts, for longer each time.
@@ -151,38 +194,31 @@ impl Saver {
     /// Creates everything, then maps everything: a shortage shows before the first mapping.
     fn back_all(&self, items: &mut [Item]) -> Result<()> {
         let needed: u64 = items.iter().map(|item| item.bytes).sum();
-        for item in items.iter_mut() {
-            process::check()?;
-            let region = &item.allocation.region;
-            let options = crate::device::CreateOptions {
-                exportable: region.exportable,
-            };
-            let device = &item.allocation.device;
-            let physical = device.create(item.bytes, options).map_err(|error| {
-                if error.kind() != ErrorKind::OutOfDeviceMemory {
-                    return error;
+        Self::on_each_device(items, |item| item.create(needed))?;
+        Self::on_each_device(items, Item::map)
+    }
+
+    /// Does a step for every item, device by device, until one fails.
+    fn on_each_device(
+        items: &mut [Item],
+        mut step: impl FnMut(&mut Item) -> Result<()>,
+    ) -> Result<()> {
+        let spans: Vec<Span> = items.iter().map(Item::span).collect();
+        let mut result = Ok(());
+        for device in devices_of(&spans) {
+            let ordinal = device.info().ordinal;
+            device.together(&mut || {
+                let theirs = items
+                    .iter_mut()
+                    .filter(|item| item.allocation.device.info().ordinal == ordinal);
+                for item in theirs {
+                    if result.is_ok() {
+                        result = process::check().and_then(|()| step(item));
+                    }
                 }
-                let free = device.memory().map_or(0, |memory| memory.free);
-                error.context(format_args!(
-                    "tag \"{}\" needs {needed} bytes in all, about {free} are free now ({} bytes short); \
-                     release memory or pause something else, then resume again",
-                    region.tag(),
-                    item.bytes.saturating_sub(free).max(1),
-                ))
-            })?;
-            item.residue.physical = Some(physical);
+            });
         }
-        for item in items.iter_mut() {
-            let device = &item.allocation.device;
-            let Some(physical) = item.residue.physical else {
-                continue;
-            };
-            device.map(item.address, item.bytes, physical)?;
-            item.residue.mapped = true;
-            let peers = Self::peers(device, &item.allocation.region);
-            device.set_access(item.address, item.bytes, peers)?;
-        }
-        Ok(())
+        result
     }
 
     /// Loads backend by backend, all devices of one at once.
@@ -207,11 +243,7 @@ impl Saver {
                     chosen.push(index);
                     backend = Some(Arc::clone(&stored.backend));
                     loads.push(LoadItem {
-                        span: Span {
-                            device: Arc::clone(&item.allocation.device),
-                            address: item.address,
-                            bytes: item.bytes,
-                        },
+                        span: item.span(),
                         ticket: Arc::clone(&stored.ticket),
                     });
                 }

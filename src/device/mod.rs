@@ -182,6 +182,12 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// No copy that uses the range may be queued.
     unsafe fn unregister_host(&self, pointer: *mut u8) -> Result<()>;
 
+    /// Does `work`, many calls of this device, at the cost of one entry into it. The calls report
+    /// their failures themselves.
+    fn together(&self, work: &mut dyn FnMut()) {
+        work();
+    }
+
     /// A descriptor that another process can import. Needs [`CreateOptions::exportable`].
     fn export(&self, physical: Physical) -> Result<OwnedFd>;
 

@@ -171,6 +171,19 @@ impl fmt::Debug for CudaDevice {
 }
 
 impl Device for CudaDevice {
+    fn together(&self, work: &mut dyn FnMut()) {
+        let mut done = false;
+        // A context that cannot be entered is the failure of each call, not of the whole.
+        let entered = self.in_context(|| {
+            done = true;
+            work();
+            Ok(())
+        });
+        if entered.is_err() && !done {
+            work();
+        }
+    }
+
     fn info(&self) -> &DeviceInfo {
         self.info_without_rdma.get().unwrap_or(&self.info)
     }
