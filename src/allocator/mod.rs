@@ -371,8 +371,9 @@ impl Saver {
         let outcome = self.allocate(&device, rounded, region);
         let (address, physical) = match outcome {
             Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory && self.has_residues() => {
-                // Our own left-overs are the only cache there is to empty.
-                self.drain_residues();
+                // Our own left-overs are the only cache there is to empty. What must be waited for
+                // stays: this thread may be capturing.
+                self.drain_residues(|residue| !residue.unsettled);
                 self.allocate(&device, rounded, region)?
             }
             other => other?,
@@ -529,27 +530,40 @@ impl Saver {
         if let Some(stored) = allocation.stored {
             stored.discard(Discard::Freed);
         }
-        self.clear_or_keep(residue);
+        if residue.unsettled {
+            self.put_off(residue);
+        } else {
+            self.clear_or_keep(residue);
+        }
     }
 
     /// Clears a residue now, or keeps it for the next call.
     fn clear_or_keep(&self, mut residue: Residue) {
-        {
-            // An earlier failure may have left something mapped at the same address; the
-            // addresses can only go after it.
-            let mut held = self.held();
-            if residue.unreserve
-                && let Some(earlier) = held
-                    .residues
-                    .iter_mut()
-                    .find(|earlier| earlier.address == residue.address)
-            {
-                earlier.unreserve = true;
-                residue.unreserve = false;
-            }
-        }
+        self.pass_addresses_on(&mut residue);
         if !residue.clear() {
             self.held().residues.push(residue);
+        }
+    }
+
+    /// Keeps a residue that must be waited for first: to wait now would break a capture, or fail
+    /// as it just did.
+    fn put_off(&self, mut residue: Residue) {
+        self.pass_addresses_on(&mut residue);
+        self.held().residues.push(residue);
+    }
+
+    /// An earlier failure may have left something mapped at the same address; the addresses can
+    /// only go after it.
+    fn pass_addresses_on(&self, residue: &mut Residue) {
+        let mut held = self.held();
+        if residue.unreserve
+            && let Some(earlier) = held
+                .residues
+                .iter_mut()
+                .find(|earlier| earlier.address == residue.address)
+        {
+            earlier.unreserve = true;
+            residue.unreserve = false;
         }
     }
 
@@ -558,10 +572,10 @@ impl Saver {
     }
 
     /// Tries again to release what could not be released before.
-    fn drain_residues(&self) {
+    fn drain_residues(&self, wanted: impl Fn(&Residue) -> bool) {
         let residues = std::mem::take(&mut self.held().residues);
         for mut residue in residues {
-            if !residue.clear() {
+            if !wanted(&residue) || !residue.clear() {
                 self.held().residues.push(residue);
             }
         }
@@ -725,7 +739,7 @@ impl Saver {
             // Another thread may have freed it first, which is as good.
             let _ = self.free(address);
         }
-        self.drain_residues();
+        self.drain_residues(|_| true);
         Ok(())
     }
 }

@@ -136,7 +136,7 @@ impl Saver {
         };
         let _turn = lock(&self.inner.turn);
         self.inner.engine.drain_quarantine();
-        self.drain_residues();
+        self.drain_residues(|_| true);
         let (mut items, unchanged_count) = match self.select_active(options) {
             Ok(selected) => selected,
             Err(error) => return Outcome::failed(error),

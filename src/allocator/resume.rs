@@ -148,7 +148,7 @@ impl Saver {
         };
         let _turn = lock(&self.inner.turn);
         self.inner.engine.drain_quarantine();
-        self.drain_residues();
+        self.drain_residues(|_| true);
         let (mut items, unchanged_count) = self.select_paused(options);
         let mut outcome = match self.back_all(&mut items) {
             Ok(()) => {
