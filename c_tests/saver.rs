@@ -374,3 +374,42 @@ fn bad_arguments_are_named() {
         ErrorKind::InvalidArgument
     );
 }
+
+#[test]
+fn each_device_gets_its_own_back() {
+    for saver in savers() {
+        if saver.platform().device_count() < 2 {
+            println!("{saver:?}: one device");
+            continue;
+        }
+        for region in [
+            Region::new("two").with_backup("pinned"),
+            Region::new("two")
+                .with_backup("mmap")
+                .with_peer_access(true),
+        ] {
+            let made: Vec<(u64, u64)> = (0..4)
+                .map(|seed| {
+                    let device = (seed % 2) as u32;
+                    let address = saver.malloc(5 << 20, Some(device), &region).unwrap();
+                    saver.write(address, &pattern(5 << 20, seed)).unwrap();
+                    assert_eq!(saver.query(address).unwrap().device, device);
+                    (address, seed)
+                })
+                .collect();
+            for _ in 0..2 {
+                let outcome = saver.pause(&PauseOptions::all());
+                outcome.status.unwrap();
+                assert_eq!(outcome.summary.done_count, 4);
+                assert_eq!(saver.stats().len(), 2);
+                saver.resume(&ResumeOptions::all()).status.unwrap();
+                for &(address, seed) in &made {
+                    check(&saver, address, 5 << 20, seed);
+                }
+            }
+            for (address, _) in made {
+                saver.free(address).unwrap();
+            }
+        }
+    }
+}
