@@ -1,9 +1,12 @@
 //! Pause and resume through the Rust interface: contents, tags, states, statistics, failures that
 //! need no fault injection. On the host device always; on CUDA with `TMS_TEST_CUDA=1`.
 
+mod support;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use support::{check, pattern};
 use tms_memcache::device::{self, Platform};
 use tms_memcache::{ErrorKind, PauseOptions, Region, ResumeOptions, Saver};
 
@@ -23,33 +26,10 @@ fn savers() -> impl Iterator<Item = Saver> {
         .map(|platform| Saver::new(platform).unwrap())
 }
 
-/// Bytes that tell position and seed apart.
-fn pattern(bytes: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut out = Vec::with_capacity(bytes + 8);
-    while out.len() < bytes {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        out.extend_from_slice(&state.to_le_bytes());
-    }
-    out.truncate(bytes);
-    out
-}
-
 fn filled(saver: &Saver, bytes: usize, seed: u64, region: &Region) -> u64 {
     let address = saver.malloc(bytes as u64, None, region).unwrap();
     saver.write(address, &pattern(bytes, seed)).unwrap();
     address
-}
-
-fn check(saver: &Saver, address: u64, bytes: usize, seed: u64) {
-    let mut got = vec![0; bytes];
-    saver.read(address, &mut got).unwrap();
-    assert!(
-        got == pattern(bytes, seed),
-        "contents of {address:#x} differ"
-    );
 }
 
 #[test]

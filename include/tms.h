@@ -246,14 +246,14 @@
 #define TMS_REGION_DISABLED 8
 
 /**
- * Waiting without a deadline.
- */
-#define TMS_WAIT_FOREVER UINT64_MAX
-
-/**
  * Exported allocations stay active instead of making the call fail.
  */
 #define TMS_PAUSE_SKIP_EXPORTED 1
+
+/**
+ * Waiting without a deadline.
+ */
+#define TMS_WAIT_FOREVER UINT64_MAX
 
 /**
  * The allocation has physical memory and can be used.

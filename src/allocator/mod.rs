@@ -7,6 +7,8 @@
 //! `malloc` or `free`.
 
 mod op;
+mod options;
+mod outcome;
 mod pause;
 pub mod region;
 mod residue;
@@ -17,7 +19,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
 
 use crate::backup::{BackupBackend, Discard, Ticket};
 use crate::device::{self, Address, CreateOptions, Device, Physical, Platform, round_up};
@@ -26,6 +27,8 @@ use crate::process;
 use crate::transfer::{ArenaUse, Engine};
 
 pub use op::Op;
+pub use options::{PauseOptions, ResumeOptions};
+pub use outcome::{AllocationInfo, Failure, Outcome, Summary, TagStats};
 pub use region::Region;
 pub use table::State;
 
@@ -114,149 +117,6 @@ impl Drop for Inner {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Which allocations to pause and what to keep of them.
-#[derive(Clone, Debug, Default)]
-pub struct PauseOptions {
-    tags: Option<Vec<String>>,
-    backup: Option<String>,
-    skip_exported: bool,
-}
-
-impl PauseOptions {
-    pub fn all() -> Self {
-        Self::default()
-    }
-
-    pub fn tags<T: Into<String>>(tags: impl IntoIterator<Item = T>) -> Self {
-        PauseOptions {
-            tags: Some(tags.into_iter().map(Into::into).collect()),
-            ..Self::default()
-        }
-    }
-
-    /// Overrides what the regions say: a backend, or `"none"` to drop the contents.
-    pub fn with_backup(mut self, name: &str) -> Self {
-        self.backup = Some(name.to_string());
-        self
-    }
-
-    /// Leaves exported allocations active instead of refusing the call.
-    pub fn with_skip_exported(mut self, skip: bool) -> Self {
-        self.skip_exported = skip;
-        self
-    }
-}
-
-/// Which allocations to resume.
-#[derive(Clone, Debug, Default)]
-pub struct ResumeOptions {
-    tags: Option<Vec<String>>,
-    wait: Duration,
-}
-
-impl ResumeOptions {
-    pub fn all() -> Self {
-        Self::default()
-    }
-
-    pub fn tags<T: Into<String>>(tags: impl IntoIterator<Item = T>) -> Self {
-        ResumeOptions {
-            tags: Some(tags.into_iter().map(Into::into).collect()),
-            ..Self::default()
-        }
-    }
-
-    /// How long to wait for device memory that somebody else is about to release.
-    pub fn with_wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
-        self
-    }
-}
-
-/// One allocation that an operation could not bring where it should be.
-#[derive(Clone, Debug)]
-pub struct Failure {
-    pub address: Address,
-    pub bytes: u64,
-    pub error: Error,
-}
-
-/// What an operation did, whether it succeeded or not.
-#[derive(Clone, Debug, Default)]
-pub struct Summary {
-    /// Allocations that changed state.
-    pub done_count: u64,
-    pub done_bytes: u64,
-    /// Bytes copied to or from backups.
-    pub copied_bytes: u64,
-    /// Allocations of the selection that were already in the wanted state.
-    pub unchanged_count: u64,
-    /// Released bytes that did not become free on the device: held by another reference.
-    pub shortfall_bytes: u64,
-    pub failures: Vec<Failure>,
-}
-
-/// The end of a pause or resume.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    pub status: Result<()>,
-    pub summary: Summary,
-}
-
-impl Outcome {
-    fn failed(error: Error) -> Outcome {
-        Outcome {
-            status: Err(error),
-            summary: Summary::default(),
-        }
-    }
-
-    /// The status follows from the failures: none, some (*partial*), or all.
-    fn from_summary(verb: &str, summary: Summary) -> Outcome {
-        let status = match summary.failures.first() {
-            None => Ok(()),
-            Some(first) if summary.done_count == 0 => Err(first.error.clone()),
-            Some(first) => Err(Error::new(
-                ErrorKind::Partial,
-                format!(
-                    "{verb}: {} of {} allocations failed, the first at {:#x}: {}",
-                    summary.failures.len(),
-                    summary.failures.len() as u64 + summary.done_count,
-                    first.address,
-                    first.error
-                ),
-            )),
-        };
-        Outcome { status, summary }
-    }
-}
-
-/// Bytes and counts of one tag on one device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TagStats {
-    pub tag: Arc<str>,
-    pub device: u32,
-    pub active_count: u64,
-    pub active_bytes: u64,
-    pub paused_count: u64,
-    pub paused_bytes: u64,
-    /// Bytes of complete backups, of paused and of active allocations.
-    pub backed_bytes: u64,
-}
-
-/// One allocation, as seen from outside.
-#[derive(Clone, Debug)]
-pub struct AllocationInfo {
-    pub base: Address,
-    pub bytes: u64,
-    pub requested: u64,
-    pub tag: Arc<str>,
-    pub device: u32,
-    pub state: State,
-    pub backed: bool,
-    pub exported: bool,
 }
 
 /// The saver of the process. Read by every hooked call, written when it is made and closed.

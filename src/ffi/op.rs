@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::argument::{out, required};
 use super::fence::fence;
 use super::forward::forward;
-use super::saver::{ResultOut, status_of, tms_result_t};
+use super::result::{ResultOut, status_of, tms_result_t};
 use super::status::TMS_OK;
 use crate::allocator::Op;
 use crate::error::{Error, ErrorKind};

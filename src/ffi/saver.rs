@@ -1,18 +1,22 @@
 //! `tms_saver_t`: allocations that can be paused and resumed.
 
 use std::ffi::{c_char, c_void};
-use std::time::Duration;
 
 use super::argument::{
     Sized32, fill_struct, fill_text, optional_str, optional_struct, out, required, stated_size,
 };
 use super::device::ordinal;
-use super::fence::{fail, fence};
+use super::fence::fence;
 use super::forward::forward;
 use super::op::tms_op_t;
+use super::options::{
+    no_flags, pause_options, resume_options, tms_pause_options_t, tms_resume_options_t,
+    tms_saver_options_t,
+};
 use super::region::{from_options, tms_region_options_t};
+use super::result::{ResultOut, status_of, tms_result_t};
 use super::status::TMS_OK;
-use crate::allocator::{Outcome, PauseOptions, ResumeOptions, Saver, State, region};
+use crate::allocator::{Saver, State, region};
 use crate::device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
@@ -39,96 +43,6 @@ impl tms_saver_t {
 
 /// The handle of the default saver.
 static DEFAULT: tms_saver_t = tms_saver_t { own: None };
-
-/// How a saver is made. Zero-fill it, then set struct_size.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct tms_saver_options_t {
-    /// sizeof this struct.
-    pub struct_size: u32,
-    /// Must be 0.
-    pub flags: u32,
-    /// "auto", "cuda" or "host"; NULL: what TMS_DEVICE says.
-    pub device: *const c_char,
-}
-
-/// What to pause and what to keep. Zero-fill it, then set struct_size.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct tms_pause_options_t {
-    /// sizeof this struct.
-    pub struct_size: u32,
-    /// TMS_PAUSE_SKIP_EXPORTED.
-    pub flags: u32,
-    /// Tags to pause; with tag_count 0 all allocations are selected and this may be NULL.
-    pub tags: *const *const c_char,
-    /// Number of tags.
-    pub tag_count: usize,
-    /// NULL: as each region says. "none": drop the contents, also of regions with a backup. Else
-    /// the name of the backup to use for all.
-    pub backup: *const c_char,
-}
-
-/// Exported allocations stay active instead of making the call fail.
-pub const TMS_PAUSE_SKIP_EXPORTED: u32 = 1;
-
-/// What to resume. Zero-fill it, then set struct_size.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct tms_resume_options_t {
-    /// sizeof this struct.
-    pub struct_size: u32,
-    /// Must be 0.
-    pub flags: u32,
-    /// Tags to resume; with tag_count 0 all allocations are selected and this may be NULL.
-    pub tags: *const *const c_char,
-    /// Number of tags.
-    pub tag_count: usize,
-    /// How long to wait for device memory that somebody else is about to release, milliseconds.
-    pub wait_ms: u32,
-}
-
-/// One allocation that could not be brought where it should be.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct tms_failure_t {
-    /// Its address.
-    pub address: *mut c_void,
-    /// Its size, bytes.
-    pub bytes: u64,
-    /// Why, a TMS_ERR code.
-    pub status: i32,
-    /// 0.
-    pub reserved: u32,
-}
-
-/// What an operation did. Zero-fill it, then set struct_size, and failures if the list is wanted.
-/// Filled whether the operation succeeds or not.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct tms_result_t {
-    /// sizeof this struct.
-    pub struct_size: u32,
-    /// 0.
-    pub reserved: u32,
-    /// Allocations that changed state.
-    pub done_count: u64,
-    /// Their bytes.
-    pub done_bytes: u64,
-    /// Bytes copied to or from backups.
-    pub copied_bytes: u64,
-    /// Allocations of the selection that were already in the wanted state.
-    pub unchanged_count: u64,
-    /// Allocations that failed.
-    pub failed_count: u64,
-    /// Released bytes that did not become free on the device: held by another reference, or taken
-    /// by another process meanwhile. Differences up to 32 MiB count as 0.
-    pub shortfall_bytes: u64,
-    /// The caller's array for the failed allocations, or NULL.
-    pub failures: *mut tms_failure_t,
-    /// Entries that fit the array; only the first are written if there are more.
-    pub failures_capacity: usize,
-}
 
 /// Bytes and counts of one tag on one device.
 #[repr(C)]
@@ -188,175 +102,15 @@ pub struct tms_allocation_info_t {
     pub tag: [c_char; 256],
 }
 
-// SAFETY: all of these are `repr(C)`, plain data, `struct_size` first.
-unsafe impl Sized32 for tms_saver_options_t {}
-// SAFETY: as above.
-unsafe impl Sized32 for tms_pause_options_t {}
-// SAFETY: as above.
-unsafe impl Sized32 for tms_resume_options_t {}
-// SAFETY: as above.
-unsafe impl Sized32 for tms_result_t {}
-// SAFETY: as above.
+// SAFETY: `repr(C)`, plain data, `struct_size` first.
 unsafe impl Sized32 for tms_stats_t {}
-// SAFETY: as above.
+// SAFETY: `repr(C)`, plain data, `struct_size` first.
 unsafe impl Sized32 for tms_allocation_info_t {}
 
 /// The saver of the process, opened on the first call.
 pub(super) fn default_saver() -> Result<Saver> {
     super::log::read_environment();
     Saver::process_default()
-}
-
-fn no_flags(flags: u32) -> Result<()> {
-    if flags != 0 {
-        return Err(Error::invalid(
-            "options.flags",
-            format_args!("{flags:#x} has unknown bits"),
-        ));
-    }
-    Ok(())
-}
-
-/// The tags of an options struct, `None` for all.
-///
-/// # Safety
-/// `tags` points to `count` NUL-terminated strings.
-unsafe fn tags(tags: *const *const c_char, count: usize) -> Result<Option<Vec<String>>> {
-    if count == 0 {
-        return Ok(None);
-    }
-    if tags.is_null() {
-        return Err(Error::new(
-            ErrorKind::NullPointer,
-            "options.tags must not be NULL when tag_count is not 0",
-        ));
-    }
-    (0..count)
-        .map(|index| {
-            let name = format!("options.tags[{index}]");
-            // SAFETY: the caller's promise.
-            let tag = unsafe { optional_str(*tags.add(index), &name) }?
-                .ok_or_else(|| Error::new(ErrorKind::NullPointer, format!("{name} is NULL")))?;
-            region::check_tag(tag).map_err(|error| error.context(&name))?;
-            Ok(tag.to_string())
-        })
-        .collect::<Result<Vec<_>>>()
-        .map(Some)
-}
-
-/// # Safety
-/// `options` is NULL or valid, and so are the strings in it.
-unsafe fn pause_options(options: *const tms_pause_options_t) -> Result<PauseOptions> {
-    // SAFETY: the caller's promise.
-    let Some(options) = (unsafe { optional_struct(options, "options") })? else {
-        return Ok(PauseOptions::all());
-    };
-    if options.flags & !TMS_PAUSE_SKIP_EXPORTED != 0 {
-        no_flags(options.flags)?;
-    }
-    // SAFETY: the caller's promise.
-    let (tags, backup) = unsafe {
-        (
-            tags(options.tags, options.tag_count)?,
-            optional_str(options.backup, "options.backup")?,
-        )
-    };
-    let mut made = match tags {
-        Some(tags) => PauseOptions::tags(tags),
-        None => PauseOptions::all(),
-    };
-    if let Some(name) = backup {
-        made = made.with_backup(name);
-    }
-    Ok(made.with_skip_exported(options.flags & TMS_PAUSE_SKIP_EXPORTED != 0))
-}
-
-/// # Safety
-/// `options` is NULL or valid, and so are the strings in it.
-unsafe fn resume_options(options: *const tms_resume_options_t) -> Result<ResumeOptions> {
-    // SAFETY: the caller's promise.
-    let Some(options) = (unsafe { optional_struct(options, "options") })? else {
-        return Ok(ResumeOptions::all());
-    };
-    no_flags(options.flags)?;
-    // SAFETY: the caller's promise.
-    let made = match unsafe { tags(options.tags, options.tag_count) }? {
-        Some(tags) => ResumeOptions::tags(tags),
-        None => ResumeOptions::all(),
-    };
-    Ok(made.with_wait(Duration::from_millis(u64::from(options.wait_ms))))
-}
-
-/// A caller's `tms_result_t`, checked before the operation begins.
-pub(super) struct ResultOut {
-    pointer: *mut tms_result_t,
-    stated: usize,
-    failures: *mut tms_failure_t,
-    capacity: usize,
-}
-
-impl ResultOut {
-    /// # Safety
-    /// `pointer` is NULL or valid for reads and writes of the size it states.
-    pub unsafe fn new(pointer: *mut tms_result_t) -> Result<Option<ResultOut>> {
-        if pointer.is_null() {
-            return Ok(None);
-        }
-        // SAFETY: the caller's promise.
-        let (stated, given) = unsafe {
-            (
-                stated_size(pointer, "result")?,
-                optional_struct(pointer, "result")?,
-            )
-        };
-        Ok(given.map(|given| ResultOut {
-            pointer,
-            stated,
-            failures: given.failures,
-            capacity: given.failures_capacity,
-        }))
-    }
-
-    /// # Safety
-    /// The array that the caller named is valid for writes of its capacity.
-    pub unsafe fn write(&self, outcome: &Outcome) {
-        let summary = &outcome.summary;
-        let value = tms_result_t {
-            struct_size: 0,
-            reserved: 0,
-            done_count: summary.done_count,
-            done_bytes: summary.done_bytes,
-            copied_bytes: summary.copied_bytes,
-            unchanged_count: summary.unchanged_count,
-            failed_count: summary.failures.len() as u64,
-            shortfall_bytes: summary.shortfall_bytes,
-            failures: self.failures,
-            failures_capacity: self.capacity,
-        };
-        // SAFETY: valid for the stated size, see `new`.
-        unsafe { fill_struct(self.pointer, self.stated, &value) };
-        if self.failures.is_null() {
-            return;
-        }
-        for (index, failure) in summary.failures.iter().take(self.capacity).enumerate() {
-            let entry = tms_failure_t {
-                address: failure.address as *mut c_void,
-                bytes: failure.bytes,
-                status: failure.error.code(),
-                reserved: 0,
-            };
-            // SAFETY: the caller's promise.
-            unsafe { self.failures.add(index).write(entry) };
-        }
-    }
-}
-
-/// The status of an outcome, its message remembered.
-pub(super) fn status_of(outcome: &Outcome) -> i32 {
-    match &outcome.status {
-        Ok(()) => TMS_OK,
-        Err(error) => fail(error),
-    }
 }
 
 /// Makes a saver with allocations of its own.
