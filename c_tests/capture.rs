@@ -24,15 +24,11 @@ struct Capture {
     stream: *mut c_void,
 }
 
+/// A function of the driver, whose type the caller names.
 fn driver<F: Copy>(name: &str) -> F {
-    let name = std::ffi::CString::new(name).unwrap();
-    // SAFETY: the driver is loaded; the caller names the type of the function.
-    unsafe {
-        let handle = libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW);
-        let symbol = libc::dlsym(handle, name.as_ptr());
-        assert!(!symbol.is_null());
-        std::mem::transmute_copy(&symbol)
-    }
+    let fake = FakeCuda::loaded().unwrap();
+    // SAFETY: every use in this file has the driver's type.
+    unsafe { fake.entry(name) }
 }
 
 impl Capture {
@@ -151,4 +147,24 @@ fn polling_an_operation_does_not_touch_the_driver() {
     op.wait(None).unwrap().status.unwrap();
     saver.resume(&ResumeOptions::all()).status.unwrap();
     support::check(&saver, address, 3 << 20, 1);
+}
+
+#[test]
+fn memory_put_off_comes_back_with_the_next_free() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let saver = Saver::new(device::open("cuda").unwrap()).unwrap();
+    let region = Region::new("x");
+    let a = saver.malloc(40 << 20, Some(0), &region).unwrap();
+    let b = saver.malloc(2 << 20, Some(0), &region).unwrap();
+    let capture = Capture::begin(NON_BLOCKING);
+    let stream = capture.stream as u64;
+    saver.free_on_stream(a, Some(stream)).unwrap();
+    assert_eq!(fake.live_bytes(0), 42 << 20);
+    assert_eq!(capture.end(), 0);
+    saver.free(b).unwrap();
+    assert_eq!(fake.live_bytes(0), 0);
 }

@@ -162,3 +162,48 @@ fn many_threads_with_late_streams() {
     fake.set_host_unreadable(0);
     assert_eq!(fake.live_bytes(0) + fake.live_bytes(1), 0);
 }
+
+#[test]
+fn a_pause_waits_for_a_peer_that_only_the_host_uses() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let saver = saver();
+    let region = Region::new("x").with_peer_access(true);
+    let address = saver.malloc(1 << 20, Some(0), &region).unwrap();
+    let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
+    type Out = *mut *mut c_void;
+    // SAFETY: the types are the driver's.
+    let code = unsafe {
+        let retain: unsafe extern "C" fn(Out, i32) -> i32 = fake.entry("cuDevicePrimaryCtxRetain");
+        let push: unsafe extern "C" fn(*mut c_void) -> i32 = fake.entry("cuCtxPushCurrent_v2");
+        let pop: unsafe extern "C" fn(Out) -> i32 = fake.entry("cuCtxPopCurrent_v2");
+        let create: unsafe extern "C" fn(Out, u32) -> i32 = fake.entry("cuStreamCreate");
+        let destroy: unsafe extern "C" fn(*mut c_void) -> i32 = fake.entry("cuStreamDestroy_v2");
+        let release: unsafe extern "C" fn(i32) -> i32 = fake.entry("cuDevicePrimaryCtxRelease_v2");
+        let synchronize: unsafe extern "C" fn(*mut c_void) -> i32 =
+            fake.entry("cuStreamSynchronize");
+        let fill: unsafe extern "C" fn(u64, u8, usize, *mut c_void) -> i32 =
+            fake.entry("cuMemsetD8Async");
+        assert_eq!(retain(&mut context, 1), 0);
+        assert_eq!(push(context), 0);
+        assert_eq!(create(&mut stream, 1), 0);
+        fake.hold_streams(1);
+        assert_eq!(fill(address, 7, 1 << 20, stream), 0);
+        let op = saver.pause_async(&PauseOptions::all()).unwrap();
+        // Long enough for a pause that does not wait to take the memory away.
+        let early = op.wait(Some(std::time::Duration::from_millis(300)));
+        fake.hold_streams(0);
+        assert!(early.is_none(), "the pause did not wait");
+        let code = synchronize(stream);
+        op.wait(None).unwrap().status.unwrap();
+        assert_eq!(destroy(stream), 0);
+        assert_eq!(pop(&mut context), 0);
+        drop((saver, op));
+        assert_eq!(release(1), 0);
+        code
+    };
+    assert_eq!(code, 0, "the peer's work was done on the memory");
+}

@@ -289,3 +289,52 @@ fn a_lost_device_keeps_host_backups_readable() {
     saver.resume(&ResumeOptions::all()).status.unwrap();
     support::check(&saver, address, 3 << 20, 5);
 }
+
+#[test]
+fn memory_of_a_copy_that_may_still_run_is_not_given_to_others() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let saver = Saver::new(device::open("cuda").unwrap()).unwrap();
+    let region = Region::new("q").with_backup("pinned").with_retain(true);
+    let other = Region::new("b").with_backup("pinned").with_retain(true);
+    let a = support::filled(&saver, 0, 3 << 20, 1, &region);
+    support::filled(&saver, 0, 3 << 20, 2, &other);
+    saver.pause(&PauseOptions::all()).status.unwrap();
+    saver.resume(&ResumeOptions::all()).status.unwrap();
+    let used = saver.arena_use().used;
+    // The copy is queued but does not run, and the device cannot be asked about it.
+    fake.hold_streams(1);
+    fake.fail("cuStreamSynchronize", 1, UNKNOWN, 1);
+    fake.fail("cuCtxSynchronize", 2, UNKNOWN, -1);
+    assert!(saver.pause(&PauseOptions::tags(["q"])).status.is_err());
+    saver.free(a).unwrap();
+    let (kept, pending) = (saver.arena_use().used, fake.pending_work());
+    fake.reset_faults();
+    fake.hold_streams(0);
+    assert!(pending > 0);
+    assert_eq!(kept, used, "the block is free while a copy writes to it");
+    saver.pause(&PauseOptions::all()).status.unwrap();
+    assert!(
+        saver.arena_use().used < used,
+        "given back once the device answers"
+    );
+}
+
+#[test]
+fn an_export_that_failed_does_not_forbid_pauses() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let saver = Saver::new(device::open("cuda").unwrap()).unwrap();
+    let region = Region::new("x").with_exportable(true);
+    let address = saver.malloc(1, Some(0), &region).unwrap();
+    fake.fail("cuMemExportToShareableHandle", 1, UNKNOWN, 1);
+    assert!(saver.export(address).is_err());
+    fake.reset_faults();
+    saver.pause(&PauseOptions::all()).status.unwrap();
+}

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tms_memcache::device;
-use tms_memcache::{PauseOptions, Region, Saver};
+use tms_memcache::{ErrorKind, PauseOptions, Region, Saver};
 
 const ROLE: &str = "TMS_LEFTOVERS_ROLE";
 const FOLDER: &str = "TMS_LEFTOVERS_FOLDER";
@@ -48,6 +48,11 @@ fn the_other_process() {
         return;
     };
     let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+    if role == "limited" {
+        limited(&folder);
+        println!("\nready 0");
+        return;
+    }
     let saver = paused_in(&folder);
     if role == "forks" {
         // SAFETY: the child only waits, and uses nothing of this process.
@@ -68,6 +73,21 @@ fn the_other_process() {
     }
     let _ = std::io::stdin().read(&mut [0]);
     drop(saver);
+}
+
+/// A process that may only write small files: an error, not the signal that would end it.
+fn limited(folder: &Path) {
+    let saver = Saver::new(device::open("host").unwrap()).unwrap();
+    let region = Region::new("w").with_backup("file").with_directory(folder);
+    saver.malloc(3 << 20, None, &region).unwrap();
+    let limit = libc::rlimit {
+        rlim_cur: 1 << 20,
+        rlim_max: 1 << 20,
+    };
+    // SAFETY: a valid limit for this process, which ends with the test.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+    let outcome = saver.pause(&PauseOptions::all());
+    assert_eq!(outcome.status.unwrap_err().kind(), ErrorKind::NoSpace);
 }
 
 fn start(role: &str, folder: &Path) -> (Child, i32) {
@@ -153,4 +173,12 @@ fn files_go_at_exit() {
     assert!(child.wait().unwrap().success());
     assert!(backups(folder.path()).is_empty());
     assert_eq!(locks(folder.path()), 0);
+}
+
+#[test]
+fn a_limit_for_file_sizes_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut child, _) = start("limited", folder.path());
+    assert!(child.wait().unwrap().success());
+    assert!(backups(folder.path()).is_empty());
 }

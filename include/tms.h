@@ -636,8 +636,8 @@ const char *tms_last_error_message(void);
 /**
  * Sets or removes the callback for log records.
  *
- * `callback` may be NULL: then records are no longer delivered, and when the function returns no
- * call is running. `user` is passed through and may be NULL; it must stay valid until the callback
+ * `callback` may be NULL: then records are no longer delivered. When the function returns, no call of
+ * the callback before is running. `user` is passed through and may be NULL; it must stay valid until the callback
  * is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback a process. Any thread, but
  * not from the callback. Records that nobody fetches fast enough are dropped and counted.
  *

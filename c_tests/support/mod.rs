@@ -102,6 +102,17 @@ impl FakeCuda {
         }
     }
 
+    /// A function of the driver itself.
+    ///
+    /// # Safety
+    /// `F` must be the type of the function.
+    pub unsafe fn entry<F: Copy>(&self, name: &str) -> F {
+        let symbol = self.symbol(name);
+        assert_eq!(size_of::<F>(), size_of_val(&symbol));
+        // SAFETY: a function pointer of the type that the caller promises.
+        unsafe { std::mem::transmute_copy(&symbol) }
+    }
+
     fn symbol(&self, name: &str) -> *mut c_void {
         let name = CString::new(name).unwrap();
         // SAFETY: a valid handle and a terminated name.

@@ -42,8 +42,8 @@ struct Allocation {
     region: Arc<Region>,
     physical: Option<Physical>,
     stored: Option<Stored>,
-    /// A descriptor was handed out, so others may hold the memory.
-    exported: bool,
+    /// Descriptors handed out, or about to be: others may hold the memory.
+    exports: u32,
 }
 
 /// A backup and where it is.
@@ -104,6 +104,11 @@ impl Drop for Inner {
             residue.physical = record.payload.physical;
             residue.mapped = record.payload.physical.is_some();
             residue.unsettled = residue.mapped;
+            residue.peers = Saver::peers_in_use(
+                self.engine.platform(),
+                &record.payload.device,
+                &record.payload.region,
+            );
             if let Some(stored) = record.payload.stored {
                 stored.discard(Discard::Freed);
             }
@@ -250,7 +255,7 @@ impl Saver {
                 region: Arc::new(region.clone()),
                 physical: Some(physical),
                 stored: None,
-                exported: false,
+                exports: 0,
             },
         };
         self.held().table.insert(address, record);
@@ -324,15 +329,16 @@ impl Saver {
         }
     }
 
-    /// Waits for all queued work that could reach the allocation.
-    fn synchronize(&self, allocation: &Allocation) -> Result<()> {
-        allocation.device.synchronize()?;
-        for &peer in Self::peers(&allocation.device, &allocation.region) {
-            if let Some(device) = self.platform().device_in_use(peer) {
-                device.synchronize()?;
-            }
-        }
-        Ok(())
+    /// Other devices that could work on the allocation.
+    fn peers_in_use(
+        platform: &Arc<dyn Platform>,
+        device: &Arc<dyn Device>,
+        region: &Region,
+    ) -> Vec<Arc<dyn Device>> {
+        Self::peers(device, region)
+            .iter()
+            .filter_map(|&peer| platform.device_in_use(peer))
+            .collect()
     }
 
     /// Frees the allocation that begins at `address`.
@@ -376,15 +382,15 @@ impl Saver {
         residue.physical = allocation.physical;
         residue.mapped = allocation.physical.is_some();
         if residue.mapped {
-            let capturing = stream
-                .is_some_and(|stream| allocation.device.is_capturing(stream).unwrap_or(false));
-            if capturing {
-                residue.unsettled = true;
-            } else if let Err(error) = self.synchronize(&allocation) {
-                if error.kind() != ErrorKind::DeviceLost {
-                    residue.unsettled = true;
-                }
-                tracing::debug!("the release of {address:#x} is put off: {error}");
+            let device = &allocation.device;
+            residue.unsettled = true;
+            residue.peers = Self::peers_in_use(self.platform(), device, &allocation.region);
+            let capturing =
+                stream.is_some_and(|stream| device.is_capturing(stream).unwrap_or(false));
+            if !capturing && residue.settle() {
+                // The device is idle, and so is what was put off on it before.
+                let ordinal = device.info().ordinal;
+                self.drain_residues(|earlier| earlier.device.info().ordinal == ordinal);
             }
         }
         if let Some(stored) = allocation.stored {
@@ -470,7 +476,7 @@ impl Saver {
                 .stored
                 .as_ref()
                 .is_some_and(|stored| stored.complete),
-            exported: record.payload.exported,
+            exported: record.payload.exports > 0,
         })
     }
 
@@ -534,14 +540,19 @@ impl Saver {
             let found = (base, record.bytes, Arc::clone(&allocation.device), physical);
             // Marked first: a pause that begins now must see it.
             if let Some(record) = held.table.get_mut(base) {
-                record.payload.exported = true;
+                record.payload.exports += 1;
             }
             found
         };
-        let descriptor = device
+        let exported = device
             .export(physical)
-            .context(|| format!("exporting {base:#x}"))?;
-        Ok((descriptor, bytes))
+            .context(|| format!("exporting {base:#x}"));
+        if exported.is_err()
+            && let Some(record) = self.held().table.get_mut(base)
+        {
+            record.payload.exports = record.payload.exports.saturating_sub(1);
+        }
+        Ok((exported?, bytes))
     }
 
     fn active_span(&self, address: Address, bytes: usize) -> Result<Arc<dyn Device>> {

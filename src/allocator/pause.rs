@@ -159,7 +159,7 @@ impl Saver {
             options.tags.as_deref(),
             State::Active,
             State::Pausing,
-            |address, record| match record.payload.exported {
+            |address, record| match record.payload.exports > 0 {
                 true if options.skip_exported => Ok(false),
                 true => Err(Error::new(
                     ErrorKind::Exported,
@@ -235,10 +235,8 @@ impl Saver {
         for item in items {
             let device = &item.allocation.device;
             wait(device)?;
-            for &peer in Self::peers(device, &item.allocation.region) {
-                if let Some(peer) = self.platform().device_in_use(peer) {
-                    wait(&peer)?;
-                }
+            for peer in Self::peers_in_use(self.platform(), device, &item.allocation.region) {
+                wait(&peer)?;
             }
         }
         Ok(())
@@ -292,8 +290,10 @@ impl Saver {
     fn doubt_places(&self, chosen: &[usize], items: &[Item]) {
         let mut held = self.held();
         for &index in chosen {
+            let chosen = items[index].backend.as_ref();
             if let Some(record) = held.table.get_mut(items[index].address)
                 && let Some(stored) = &mut record.payload.stored
+                && chosen.is_some_and(|backend| backend.name() == stored.backend.name())
             {
                 stored.complete = false;
             }

@@ -9,6 +9,8 @@ use crate::error::ErrorKind;
 #[derive(Debug)]
 pub(super) struct Residue {
     pub device: Arc<dyn Device>,
+    /// Other devices that may work on the range.
+    pub peers: Vec<Arc<dyn Device>>,
     pub address: Address,
     pub bytes: u64,
     /// The device may still work on the range: wait for it before anything else.
@@ -24,6 +26,7 @@ impl Residue {
     pub fn reserved(device: Arc<dyn Device>, address: Address, bytes: u64) -> Residue {
         Residue {
             device,
+            peers: Vec::new(),
             address,
             bytes,
             unsettled: false,
@@ -33,15 +36,26 @@ impl Residue {
         }
     }
 
+    /// Waits for what may still work on the range; false if that failed.
+    pub fn settle(&mut self) -> bool {
+        if self.unsettled {
+            for device in self.peers.iter().chain([&self.device]) {
+                match device.synchronize() {
+                    Ok(()) => {}
+                    // Nothing runs on a lost device any more.
+                    Err(error) if error.kind() == ErrorKind::DeviceLost => {}
+                    Err(error) => return self.put_off(&error),
+                }
+            }
+            self.unsettled = false;
+        }
+        true
+    }
+
     /// Gives back what is left; true when nothing is.
     pub fn clear(&mut self) -> bool {
-        if self.unsettled {
-            match self.device.synchronize() {
-                Ok(()) => self.unsettled = false,
-                // Nothing runs on a lost device any more.
-                Err(error) if error.kind() == ErrorKind::DeviceLost => self.unsettled = false,
-                Err(error) => return self.put_off(&error),
-            }
+        if !self.settle() {
+            return false;
         }
         if self.mapped {
             match self.device.unmap(self.address, self.bytes) {

@@ -49,18 +49,23 @@ fn with_instances<R>(work: impl FnOnce(&mut Instances) -> R) -> R {
     work(guard.get_or_insert_default())
 }
 
-/// Removes the files of this process. Nothing waits here: `exit` may hold any lock.
+/// Removes the files of this process. Another thread may hold the lock for a moment; one that never
+/// gives it back must not keep the process from ending.
 pub(super) fn remove_all() {
-    let Ok(mut guard) = INSTANCES.try_lock() else {
-        return;
-    };
-    if let Some(instances) = guard.take() {
-        for path in instances.files.iter().chain(&instances.locks) {
-            // Nobody is left to tell; the next instance removes what stays.
-            let _ = fs::remove_file(path);
+    for _ in 0..100 {
+        if let Ok(mut guard) = INSTANCES.try_lock() {
+            let Some(instances) = guard.take() else {
+                return;
+            };
+            for path in instances.files.iter().chain(&instances.locks) {
+                // Nobody is left to tell; the next instance removes what stays.
+                let _ = fs::remove_file(path);
+            }
+            // The descriptors stay open, and with them the locks, until the process is gone.
+            std::mem::forget(instances);
+            return;
         }
-        // The descriptors stay open, and with them the locks, until the process is gone.
-        std::mem::forget(instances);
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
 
@@ -92,7 +97,7 @@ fn random_id() -> Result<String> {
 }
 
 impl Instance {
-    fn start(folder: &Path, locks: &mut Vec<PathBuf>) -> Result<Instance> {
+    fn start(folder: &Path) -> Result<(Instance, PathBuf)> {
         loop {
             let id = random_id()?;
             let path = folder.join(format!("{PREFIX}{id}{LOCK_SUFFIX}"));
@@ -108,12 +113,12 @@ impl Instance {
             let locked = try_lock(&file).map_err(|error| Error::io(named(), error))?;
             let kept = file.metadata().is_ok_and(|meta| meta.nlink() > 0);
             if locked && kept {
-                locks.push(path);
-                return Ok(Instance {
+                let instance = Instance {
                     id,
                     _lock: file,
                     next: 0,
-                });
+                };
+                return Ok((instance, path));
             }
         }
     }
@@ -163,6 +168,31 @@ fn clean(folder: &Path, own: &BTreeSet<String>) {
     }
 }
 
+/// Begins to work in a folder: removes left-overs of others and takes a lock of our own.
+fn start_in(folder: &Path) -> Result<()> {
+    /// Held while a folder is cleaned; taken before `INSTANCES`, never by a free.
+    static STARTING: Mutex<()> = Mutex::new(());
+    let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let (known, own) = with_instances(|instances| {
+        let own = instances
+            .by_folder
+            .values()
+            .map(|instance| instance.id.clone())
+            .collect();
+        (instances.by_folder.contains_key(folder), own)
+    });
+    if known {
+        return Ok(());
+    }
+    clean(folder, &own);
+    let (instance, lock) = Instance::start(folder)?;
+    with_instances(|instances| {
+        instances.locks.push(lock);
+        instances.by_folder.insert(folder.to_path_buf(), instance);
+    });
+    Ok(())
+}
+
 /// One file. Removed with its last reference.
 struct FileTicket {
     path: PathBuf,
@@ -184,13 +214,11 @@ impl Drop for FileTicket {
         if crate::process::forked() {
             return;
         }
-        with_instances(|instances| {
-            if instances.files.remove(&self.path)
-                && let Err(error) = fs::remove_file(&self.path)
-            {
-                tracing::warn!("{}: not removed: {error}", self.path.display());
-            }
-        });
+        // Removing a large file takes long, so not under the lock.
+        let ours = with_instances(|instances| instances.files.remove(&self.path));
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!("{}: not removed: {error}", self.path.display());
+        }
     }
 }
 
@@ -199,17 +227,8 @@ impl FileTicket {
         let folder = fs::canonicalize(folder).map_err(|error| {
             Error::io(format_args!("backup folder {}", folder.display()), error)
         })?;
-        let (path, file) = with_instances(|instances| -> Result<_> {
-            if !instances.by_folder.contains_key(&folder) {
-                let own = instances
-                    .by_folder
-                    .values()
-                    .map(|instance| instance.id.clone())
-                    .collect();
-                clean(&folder, &own);
-                let instance = Instance::start(&folder, &mut instances.locks)?;
-                instances.by_folder.insert(folder.clone(), instance);
-            }
+        start_in(&folder)?;
+        let path = with_instances(|instances| -> Result<_> {
             let instance = instances
                 .by_folder
                 .get_mut(&folder)
@@ -217,16 +236,19 @@ impl FileTicket {
             let name = format!("{PREFIX}{}-{}{FILE_SUFFIX}", instance.id, instance.next);
             instance.next += 1;
             let path = folder.join(name);
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&path)
-                .map_err(|error| Error::io(path.display(), error))?;
             instances.files.insert(path.clone());
-            Ok((path, file))
+            Ok(path)
         })?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| {
+                with_instances(|instances| instances.files.remove(&path));
+                Error::io(path.display(), error)
+            })?;
         let ticket = FileTicket {
             path,
             file,
@@ -315,6 +337,26 @@ fn default_folder() -> PathBuf {
     })
 }
 
+/// Writing beyond the limit for file sizes would end the process by a signal.
+fn check_size_limit(items: &[StoreItem]) -> Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the out-parameter is a local variable.
+    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) };
+    match items.iter().map(|item| item.span.bytes).max() {
+        Some(largest) if largest > limit.rlim_cur => Err(Error::new(
+            ErrorKind::NoSpace,
+            format!(
+                "file backup of {largest} bytes: the process may not write files above {} bytes (ulimit -f)",
+                limit.rlim_cur
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
 impl BackupBackend for FileBackend {
     fn name(&self) -> &'static str {
         "file"
@@ -326,6 +368,7 @@ impl BackupBackend for FileBackend {
         items: &[StoreItem],
         control: &Arc<Control>,
     ) -> Result<Vec<Arc<dyn Ticket>>> {
+        check_size_limit(items)?;
         let mut tickets: Vec<Arc<dyn Ticket>> = Vec::with_capacity(items.len());
         for item in items {
             tickets.push(match &item.previous {

@@ -118,14 +118,17 @@ impl BackupBackend for MmapBackend {
             .filter(|item| item.previous.is_none())
             .map(|item| item.span.bytes)
             .sum();
-        if let Some(headroom) = headroom()
-            && fresh > headroom
+        let short = || headroom().filter(|&left| fresh > left);
+        // Pinned memory that nobody uses goes before anything is refused.
+        if short().is_some()
+            && let Some(left) = {
+                engine.arena().release_idle();
+                short()
+            }
         {
             return Err(Error::new(
                 ErrorKind::OutOfHostMemory,
-                format!(
-                    "mmap backup of {fresh} bytes: only {headroom} bytes of host memory are left"
-                ),
+                format!("mmap backup of {fresh} bytes: only {left} bytes of host memory are left"),
             ));
         }
         let mut tickets: Vec<Arc<dyn Ticket>> = Vec::with_capacity(items.len());

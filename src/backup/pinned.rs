@@ -12,7 +12,8 @@ pub struct PinnedBackend;
 
 struct PinnedTicket {
     /// Taken out when the ticket is discarded, so that a late reader cannot keep it pinned.
-    block: Mutex<Option<Block>>,
+    /// Shared with whoever must keep it until the device is done with it.
+    block: Mutex<Option<Arc<Block>>>,
     pointer: NonNull<u8>,
     bytes: u64,
 }
@@ -33,7 +34,7 @@ impl Ticket for PinnedTicket {
 }
 
 impl PinnedTicket {
-    fn block(&self) -> std::sync::MutexGuard<'_, Option<Block>> {
+    fn block(&self) -> std::sync::MutexGuard<'_, Option<Arc<Block>>> {
         self.block.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -63,6 +64,14 @@ impl PinnedTicket {
                 .copy(destination, source, span.bytes, direction, stream)
         }
     }
+}
+
+/// The memory of some tickets, to be kept even if the tickets are discarded.
+fn blocks_of<'a>(tickets: impl IntoIterator<Item = &'a Arc<dyn Ticket>>) -> Vec<Arc<Block>> {
+    tickets
+        .into_iter()
+        .filter_map(|ticket| own::<PinnedTicket>(ticket).ok()?.block().clone())
+        .collect()
 }
 
 impl BackupBackend for PinnedBackend {
@@ -99,7 +108,7 @@ impl BackupBackend for PinnedBackend {
                         .ok_or_else(|| Error::new(ErrorKind::Internal, "too few blocks"))?;
                     Arc::new(PinnedTicket {
                         pointer: block.pointer(),
-                        block: Mutex::new(Some(block)),
+                        block: Mutex::new(Some(Arc::new(block))),
                         bytes: item.span.bytes,
                     })
                 }
@@ -115,7 +124,7 @@ impl BackupBackend for PinnedBackend {
             }
         }
         let devices = devices_of(items.iter().map(|item| &item.span));
-        let settled = engine.settle(&devices, Direction::ToHost, || tickets.clone());
+        let settled = engine.settle(&devices, Direction::ToHost, || blocks_of(&tickets));
         queued.and(settled)?;
         for item in items {
             control.advance(item.span.bytes);
@@ -133,9 +142,8 @@ impl BackupBackend for PinnedBackend {
             })
             .collect();
         for device in devices_of(items.iter().map(|item| &item.span)) {
-            let tickets = || -> Vec<_> { items.iter().map(|item| item.ticket.clone()).collect() };
-            let settled =
-                engine.settle(std::slice::from_ref(&device), Direction::ToDevice, tickets);
+            let blocks = || blocks_of(items.iter().map(|item| &item.ticket));
+            let settled = engine.settle(std::slice::from_ref(&device), Direction::ToDevice, blocks);
             let Err(error) = settled else { continue };
             // Which copy of the device failed is not known, so none of them counts.
             let ordinal = device.info().ordinal;
@@ -158,9 +166,9 @@ impl BackupBackend for PinnedBackend {
             return;
         };
         let block = ticket.block().take();
-        match (block, why) {
-            (Some(block), Discard::Freed) => block.release_now(),
-            (block, _) => drop(block),
+        match block.and_then(Arc::into_inner) {
+            Some(block) if why == Discard::Freed => block.release_now(),
+            block => drop(block),
         }
     }
 }

@@ -97,7 +97,13 @@ fn find_owner() -> Owner {
 
 /// The function `name` of the copy that owns the state, `None` if that is this copy.
 pub(super) fn owners(name: *const c_char) -> Result<Option<*mut c_void>> {
-    match OWNER.get_or_init(find_owner) {
+    let owner = OWNER.get().unwrap_or_else(|| {
+        // Looked up outside of the cell: the loader's lock may be held by a thread that waits here.
+        // Every thread finds the same.
+        let found = find_owner();
+        OWNER.get_or_init(|| found)
+    });
+    match owner {
         Owner::Me => Ok(None),
         Owner::Other(handle) => {
             // SAFETY: the handle is never closed.

@@ -266,8 +266,8 @@ pub(super) fn read_environment() {
 
 /// Sets or removes the callback for log records.
 ///
-/// `callback` may be NULL: then records are no longer delivered, and when the function returns no
-/// call is running. `user` is passed through and may be NULL; it must stay valid until the callback
+/// `callback` may be NULL: then records are no longer delivered. When the function returns, no call of
+/// the callback before is running. `user` is passed through and may be NULL; it must stay valid until the callback
 /// is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback a process. Any thread, but
 /// not from the callback. Records that nobody fetches fast enough are dropped and counted.
 ///
@@ -280,6 +280,9 @@ pub unsafe extern "C" fn tms_log_set_callback(
 ) -> i32 {
     forward!(tms_log_set_callback(callback, user, level));
     fence(|| {
+        if crate::process::forked() {
+            crate::process::check()?;
+        }
         if callback.is_some() && !(TMS_LOG_ERROR..=TMS_LOG_DEBUG).contains(&level) {
             return Err(Error::invalid(
                 "level",
@@ -294,16 +297,16 @@ pub unsafe extern "C" fn tms_log_set_callback(
         let wanted = if callback.is_some() { level as u32 } else { 0 };
         CALLBACK_LEVEL.store(wanted, Ordering::Relaxed);
         CHANGED.notify_all();
+        // The callback before this one may be running.
+        while state.delivering {
+            state = CHANGED
+                .wait_timeout(state, Duration::from_millis(10))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        drop(state);
         if callback.is_some() {
-            drop(state);
             install();
-        } else {
-            while state.delivering {
-                state = CHANGED
-                    .wait_timeout(state, Duration::from_millis(10))
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
-            }
         }
         Ok(TMS_OK)
     })

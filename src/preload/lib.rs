@@ -111,7 +111,7 @@ pub unsafe extern "C" fn cudaFree(pointer: *mut c_void) -> c_int {
         if !pointer.is_null() {
             match compat::hooked_free(pointer, None) {
                 Some(Ok(())) => return code::SUCCESS,
-                Some(Err(_)) if process::exiting() => return code::SUCCESS,
+                Some(Err(error)) if error.kind() == ErrorKind::Shutdown => return code::SUCCESS,
                 Some(Err(error)) => return refuse(error_code(&error)),
                 None => {}
             }
@@ -189,6 +189,8 @@ fn refuse(code: c_int) -> c_int {
 }
 
 fn choose_server(out: *mut *mut c_void, bytes: usize) -> Server {
+    // This copy may not be the one that owns the saver, and watches fork and exit by itself.
+    process::watch();
     if out.is_null() || bytes == 0 || !compat::region_enabled() {
         return outside_region();
     }

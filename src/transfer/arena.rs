@@ -137,69 +137,84 @@ impl Arena {
         }
     }
 
-    /// One block for each size. Either all are given or none; nothing is touched before the limits
-    /// are checked. Blocks of new chunks become ready in the background: see [`Block::wait`].
+    /// One block for each size. Either all are given or none; limits are checked for all of them
+    /// before memory is touched, and idle memory of ours goes before anything is refused. Blocks of
+    /// new chunks become ready in the background: see [`Block::wait`].
     pub fn allocate(&self, device: &Arc<dyn Device>, sizes: &[u64]) -> Result<Vec<Block>> {
-        let mut blocks = Vec::with_capacity(sizes.len());
-        let mut remaining = 0usize;
-        let mut rounded = Vec::with_capacity(sizes.len());
-        for &bytes in sizes {
-            let bytes = usize::try_from(bytes)
-                .ok()
-                .and_then(|bytes| bytes.max(1).checked_next_multiple_of(PAGE))
-                .ok_or_else(|| Error::invalid("size", "does not fit the address space"))?;
-            remaining = remaining
-                .checked_add(bytes)
-                .ok_or_else(|| Error::invalid("size", "the sum does not fit the address space"))?;
-            rounded.push(bytes);
+        match self.try_allocate(device, sizes) {
+            Err(error) if error.kind() == ErrorKind::OutOfHostMemory && self.release_idle() => {
+                self.try_allocate(device, sizes)
+            }
+            other => other,
         }
-        for bytes in rounded {
-            blocks.push(self.allocate_one(device, bytes, remaining)?);
-            remaining -= bytes;
-        }
-        Ok(blocks)
     }
 
-    fn allocate_one(
-        &self,
-        device: &Arc<dyn Device>,
-        bytes: usize,
-        remaining: usize,
-    ) -> Result<Block> {
-        let mut state = lock(&self.inner);
-        let found = state.chunks.iter_mut().find_map(|(&base, chunk)| {
-            if chunk.failed() {
-                return None;
+    /// A block in a chunk that nobody else gets a part of. `bytes` is a multiple of 2 MiB.
+    pub fn allocate_alone(&self, device: &Arc<dyn Device>, bytes: u64) -> Result<Block> {
+        let bytes = rounded(bytes)?.next_multiple_of(ALIGNMENT);
+        self.check_limits(bytes)?;
+        self.grow(device, bytes, &[bytes])?
+            .pop()
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "a chunk without its block"))
+    }
+
+    fn try_allocate(&self, device: &Arc<dyn Device>, sizes: &[u64]) -> Result<Vec<Block>> {
+        let sizes: Vec<usize> = sizes
+            .iter()
+            .map(|&bytes| rounded(bytes))
+            .collect::<Result<_>>()?;
+        let mut blocks: Vec<Option<Block>> = sizes.iter().map(|&bytes| self.take(bytes)).collect();
+        let missing: Vec<usize> = (0..sizes.len())
+            .filter(|&index| blocks[index].is_none())
+            .collect();
+        let plan = plan_chunks(&missing, &sizes)?;
+        let total = plan
+            .iter()
+            .try_fold(0usize, |sum, chunk| sum.checked_add(chunk.bytes))
+            .ok_or_else(|| Error::invalid("size", "the sum does not fit the address space"))?;
+        if total > 0 {
+            self.check_limits(total)?;
+        }
+        for chunk in plan {
+            let parts: Vec<usize> = chunk.indices.iter().map(|&index| sizes[index]).collect();
+            let made = self.grow(device, chunk.bytes, &parts)?;
+            for (index, block) in chunk.indices.into_iter().zip(made) {
+                blocks[index] = Some(block);
             }
-            chunk.take(bytes).map(|offset| (base, offset))
-        });
-        let (base, offset) = match found {
-            Some(place) => place,
-            None => {
-                let wanted = bytes.max(remaining.min(SLICE)).next_multiple_of(ALIGNMENT);
-                (self.grow(&mut state, device, wanted, bytes)?, 0)
-            }
-        };
-        let pointer = NonNull::new((base + offset) as *mut u8)
-            .ok_or_else(|| Error::new(ErrorKind::Internal, "a chunk at address 0"))?;
-        Ok(Block {
+        }
+        Ok(blocks.into_iter().flatten().collect())
+    }
+
+    /// A block of an existing chunk.
+    fn take(&self, bytes: usize) -> Option<Block> {
+        let (base, offset) = lock(&self.inner)
+            .chunks
+            .iter_mut()
+            .find_map(|(&base, chunk)| {
+                if chunk.failed() {
+                    return None;
+                }
+                chunk.take(bytes).map(|offset| (base, offset))
+            })?;
+        self.block(base, offset, bytes)
+    }
+
+    fn block(&self, base: usize, offset: usize, bytes: usize) -> Option<Block> {
+        Some(Block {
             arena: self.clone(),
             base,
             offset,
             bytes,
-            pointer,
+            pointer: NonNull::new((base + offset) as *mut u8)?,
             at_once: false,
         })
     }
 
-    /// Maps a chunk of `bytes`, its first `used` bytes taken, and has it populated and registered.
-    fn grow(
-        &self,
-        state: &mut State,
-        device: &Arc<dyn Device>,
-        bytes: usize,
-        used: usize,
-    ) -> Result<usize> {
+    /// Whether `bytes` more may be pinned.
+    fn check_limits(&self, bytes: usize) -> Result<()> {
+        // Reads files, so not under the lock.
+        let headroom = limits::headroom();
+        let state = lock(&self.inner);
         if state.pinned.saturating_add(bytes) > self.inner.limit {
             return Err(Error::new(
                 ErrorKind::OutOfHostMemory,
@@ -218,36 +233,46 @@ impl Arena {
                 _ => 0,
             })
             .sum();
-        if let Some(headroom) = limits::headroom()
-            && (bytes as u64).saturating_add(promised as u64) > headroom
-        {
-            return Err(Error::new(
+        match headroom {
+            Some(left) if (bytes as u64).saturating_add(promised as u64) > left => Err(Error::new(
                 ErrorKind::OutOfHostMemory,
-                format!(
-                    "pinning {bytes} more bytes: only {headroom} bytes of host memory are left"
-                ),
-            ));
+                format!("pinning {bytes} more bytes: only {left} bytes of host memory are left"),
+            )),
+            _ => Ok(()),
         }
+    }
+
+    /// Maps a chunk of `bytes`, takes blocks of the sizes `parts` from its beginning, and has it
+    /// populated and registered.
+    fn grow(&self, device: &Arc<dyn Device>, bytes: usize, parts: &[usize]) -> Result<Vec<Block>> {
         let base = map_anonymous(bytes)?;
         let count = bytes.div_ceil(SLICE);
-        let free = match bytes - used {
-            0 => BTreeMap::new(),
-            rest => BTreeMap::from([(used, rest)]),
-        };
-        state.chunks.insert(
-            base,
-            Chunk {
-                bytes,
-                free,
-                used,
-                phase: Phase::Growing {
-                    left: count,
-                    failure: None,
-                },
-                device: Arc::clone(device),
+        let used: usize = parts.iter().sum();
+        let chunk = Chunk {
+            bytes,
+            free: match bytes - used {
+                0 => BTreeMap::new(),
+                rest => BTreeMap::from([(used, rest)]),
             },
-        );
-        state.pinned += bytes;
+            used,
+            phase: Phase::Growing {
+                left: count,
+                failure: None,
+            },
+            device: Arc::clone(device),
+        };
+        {
+            let mut state = lock(&self.inner);
+            state.chunks.insert(base, chunk);
+            state.pinned += bytes;
+        }
+        let mut offset = 0;
+        let mut blocks = Vec::with_capacity(parts.len());
+        for &part in parts {
+            blocks.extend(self.block(base, offset, part));
+            offset += part;
+        }
+        // Not under the lock: where no thread can be started, the work is done here.
         for index in 0..count {
             let arena = self.clone();
             let device = Arc::clone(device);
@@ -257,7 +282,7 @@ impl Arena {
                 arena.populated(base, bytes, &*device, populated);
             });
         }
-        Ok(base)
+        Ok(blocks)
     }
 
     /// Notes the end of a slice. The last one registers the chunk.
@@ -288,13 +313,19 @@ impl Arena {
                 })
             }),
         };
+        let mut unused = false;
         if let Some(chunk) = lock(&self.inner).chunks.get_mut(&base) {
             chunk.phase = match registered {
                 Ok(()) => Phase::Ready,
                 Err(error) => Phase::Failed(error),
             };
+            unused = chunk.used == 0;
         }
         self.inner.changed.notify_all();
+        if unused {
+            // Its blocks were given back while it grew.
+            self.trim_to(self.inner.keep);
+        }
     }
 
     /// Waits until the chunk at `base` can be used.
@@ -372,13 +403,39 @@ impl Arena {
                 leaving.push(base);
             }
         }
-        for base in leaving {
-            let chunk = state.chunks.remove(&base);
+        let leaving: Vec<_> = leaving
+            .into_iter()
+            .map(|base| (base, state.chunks.remove(&base)))
+            .collect();
+        // Not under the lock: where no thread can be started, the work is done here.
+        drop(state);
+        for (base, chunk) in leaving {
             let arena = self.clone();
             self.inner
                 .workers
                 .submit(move || arena.release(base, chunk));
         }
+    }
+
+    /// Unpins, before it returns, all that nobody uses; false if there was nothing.
+    pub fn release_idle(&self) -> bool {
+        let leaving: Vec<_> = {
+            let mut state = lock(&self.inner);
+            let idle: Vec<usize> = state
+                .chunks
+                .iter()
+                .filter(|(_, chunk)| chunk.used == 0 && !chunk.growing())
+                .map(|(&base, _)| base)
+                .collect();
+            idle.into_iter()
+                .map(|base| (base, state.chunks.remove(&base)))
+                .collect()
+        };
+        let found = !leaving.is_empty();
+        for (base, chunk) in leaving {
+            self.release(base, chunk);
+        }
+        found
     }
 
     /// Unregisters and unmaps a chunk that was taken out of the table. What the driver refuses to
@@ -457,6 +514,52 @@ impl Drop for Block {
         self.arena
             .give_back(self.base, self.offset, self.bytes, self.at_once);
     }
+}
+
+/// A chunk to be made, and which of the wanted blocks go into it.
+struct Planned {
+    bytes: usize,
+    indices: Vec<usize>,
+}
+
+/// Packs blocks into chunks: large ones alone, small ones together.
+fn plan_chunks(missing: &[usize], sizes: &[usize]) -> Result<Vec<Planned>> {
+    let mut plan: Vec<Planned> = Vec::new();
+    let mut room = 0;
+    let mut remaining = missing
+        .iter()
+        .try_fold(0usize, |sum, &index| sum.checked_add(sizes[index]))
+        .ok_or_else(|| Error::invalid("size", "the sum does not fit the address space"))?;
+    for &index in missing {
+        let bytes = sizes[index];
+        match plan.last_mut() {
+            Some(chunk) if bytes <= room => {
+                chunk.indices.push(index);
+                room -= bytes;
+            }
+            _ => {
+                let chunk = bytes
+                    .max(remaining.min(SLICE))
+                    .checked_next_multiple_of(ALIGNMENT)
+                    .ok_or_else(|| Error::invalid("size", "does not fit the address space"))?;
+                plan.push(Planned {
+                    bytes: chunk,
+                    indices: vec![index],
+                });
+                room = chunk - bytes;
+            }
+        }
+        remaining -= bytes;
+    }
+    Ok(plan)
+}
+
+/// The size of a block: whole pages, at least one.
+fn rounded(bytes: u64) -> Result<usize> {
+    usize::try_from(bytes)
+        .ok()
+        .and_then(|bytes| bytes.max(1).checked_next_multiple_of(PAGE))
+        .ok_or_else(|| Error::invalid("size", "does not fit the address space"))
 }
 
 /// Unregisters and unmaps; false if the driver kept it, and then it stays mapped, because
@@ -545,4 +648,100 @@ fn populate(base: usize, bytes: usize) -> Result<()> {
         unsafe { page.write_volatile(0) };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Platform;
+    use crate::device::host::HostPlatform;
+
+    const MIB: u64 = 1 << 20;
+
+    fn arena(limit: u64, keep: u64) -> (Arena, Arc<dyn Device>) {
+        let platform: Arc<dyn Platform> = Arc::new(HostPlatform::new(1, 1 << 30));
+        let device = platform.device(0).unwrap();
+        (Arena::new(Arc::new(Workers::new(2)), limit, keep), device)
+    }
+
+    fn ready(blocks: &[Block]) {
+        for block in blocks {
+            block.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn small_blocks_share_a_chunk_and_large_ones_do_not() {
+        let (arena, device) = arena(u64::MAX, u64::MAX);
+        let blocks = arena
+            .allocate(&device, &[2 * MIB, 2 * MIB, 70 * MIB, 2 * MIB])
+            .unwrap();
+        ready(&blocks);
+        let at = |index: usize| blocks[index].pointer().as_ptr() as usize;
+        assert_eq!(at(1) - at(0), 2 * MIB as usize);
+        assert_eq!(arena.usage().used, 76 * MIB);
+        assert_eq!(lock(&arena.inner).chunks.len(), 3);
+        // Memory that was given back is used again.
+        drop(blocks);
+        let pinned = arena.usage().pinned;
+        ready(&arena.allocate(&device, &[70 * MIB]).unwrap());
+        assert_eq!(arena.usage().pinned, pinned);
+    }
+
+    #[test]
+    fn a_refusal_touches_nothing() {
+        let (arena, device) = arena(100 * MIB, u64::MAX);
+        let refused = arena.allocate(&device, &[80 * MIB, 80 * MIB]);
+        assert_eq!(refused.err().unwrap().kind(), ErrorKind::OutOfHostMemory);
+        assert_eq!(arena.usage(), ArenaUse::default());
+    }
+
+    #[test]
+    fn idle_memory_makes_room() {
+        let (arena, device) = arena(100 * MIB, u64::MAX);
+        let blocks = arena.allocate(&device, &[70 * MIB]).unwrap();
+        ready(&blocks);
+        drop(blocks);
+        ready(&arena.allocate(&device, &[90 * MIB]).unwrap());
+        assert_eq!(arena.usage().pinned, 90 * MIB);
+    }
+
+    #[test]
+    fn blocks_given_back_while_they_grow_are_not_kept_beyond_the_limit() {
+        let (arena, device) = arena(u64::MAX, 0);
+        drop(arena.allocate(&device, &[130 * MIB]).unwrap());
+        while arena.usage().pinned > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn released_at_once_means_unregistered() {
+        let (arena, device) = arena(u64::MAX, u64::MAX);
+        let mut blocks = arena.allocate(&device, &[2 * MIB, 2 * MIB]).unwrap();
+        ready(&blocks);
+        let pointer = blocks[0].pointer().as_ptr() as usize;
+        blocks.pop().unwrap().release_now();
+        assert!(arena.contains(pointer));
+        blocks.pop().unwrap().release_now();
+        assert!(!arena.contains(pointer));
+        assert_eq!(arena.usage().pinned, 0);
+    }
+
+    #[test]
+    fn a_block_alone_shares_nothing() {
+        let (arena, device) = arena(u64::MAX, u64::MAX);
+        drop(arena.allocate(&device, &[200 * MIB]).unwrap());
+        let ring = arena.allocate_alone(&device, 64 * MIB).unwrap();
+        let other = arena
+            .allocate(&device, &[100 * MIB])
+            .unwrap()
+            .pop()
+            .unwrap();
+        other.wait().unwrap();
+        let pointer = other.pointer().as_ptr() as usize;
+        other.release_now();
+        assert!(!arena.contains(pointer));
+        ring.wait().unwrap();
+    }
 }

@@ -82,6 +82,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.drain_quarantine();
+        // What a device may still use is lost to the process rather than given to somebody else.
+        std::mem::forget(std::mem::take(&mut *lock(&self.quarantine)));
+        if let Some(ring) = lock(&self.ring).take()
+            && !ring.is_settled()
+        {
+            std::mem::forget(ring);
+        }
+    }
+}
+
 impl Engine {
     /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
     pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {

@@ -8,7 +8,7 @@ use super::streams::{Settled, Streams};
 use super::workers::Batch;
 use super::{Control, Engine, Span};
 use crate::device::{Address, Device, Direction};
-use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::error::{Error, Result, ResultExt};
 
 /// Bytes that move at once: large enough for the full speed of the bus.
 pub const PIECE: usize = 8 << 20;
@@ -46,10 +46,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Ring {
     pub fn new(arena: &Arena, device: &Arc<dyn Device>) -> Result<Ring> {
-        let block = arena
-            .allocate(device, &[(PIECE * SLOTS) as u64])?
-            .pop()
-            .ok_or_else(|| Error::new(ErrorKind::Internal, "the arena gave no block"))?;
+        // A chunk of its own, which backups neither share nor keep pinned.
+        let block = arena.allocate_alone(device, (PIECE * SLOTS) as u64)?;
         block.wait().context(|| "staging memory")?;
         Ok(Ring {
             block,
@@ -59,6 +57,14 @@ impl Ring {
             }),
             changed: Condvar::new(),
         })
+    }
+
+    /// Whether no device can be working on a slot that nobody holds.
+    pub fn is_settled(&self) -> bool {
+        lock(&self.slots)
+            .abandoned
+            .iter()
+            .all(|(_, device)| device.synchronize().is_ok())
     }
 
     /// Waits for a free slot.

@@ -96,6 +96,25 @@ impl CudaPlatform {
     }
 }
 
+impl CudaPlatform {
+    /// Whether anybody in the process holds the primary context of a device; yes if the driver
+    /// does not tell.
+    fn primary_context_is_active(&self, ordinal: u32) -> bool {
+        let Some(state) = self.driver.cuDevicePrimaryCtxGetState else {
+            return true;
+        };
+        let (mut device, mut flags, mut active) = (0, 0, 0);
+        // SAFETY: the out-parameters are local variables; the ordinal was checked by the caller.
+        let code = unsafe {
+            match (self.driver.cuDeviceGet)(&mut device, ordinal as i32) {
+                SUCCESS => state(device, &mut flags, &mut active),
+                code => code,
+            }
+        };
+        code != SUCCESS || active != 0
+    }
+}
+
 impl Platform for CudaPlatform {
     fn kind(&self) -> DeviceKind {
         DeviceKind::Cuda
@@ -118,7 +137,11 @@ impl Platform for CudaPlatform {
     }
 
     fn device_in_use(&self, ordinal: u32) -> Option<Arc<dyn Device>> {
-        let device = self.devices.get(ordinal as usize)?.get()?;
-        Some(Arc::clone(device) as Arc<dyn Device>)
+        let slot = self.devices.get(ordinal as usize)?;
+        // Somebody else in the process may work on a device that this platform never opened.
+        if slot.get().is_none() && !self.primary_context_is_active(ordinal) {
+            return None;
+        }
+        self.device(ordinal).ok()
     }
 }
