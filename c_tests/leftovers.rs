@@ -90,11 +90,18 @@ fn limited(folder: &Path) {
     assert_eq!(outcome.status.unwrap_err().kind(), ErrorKind::NoSpace);
 }
 
-fn start(role: &str, folder: &Path) -> (Child, i32) {
-    let mut child = Command::new(std::env::current_exe().unwrap())
+/// This program again, in another role.
+fn other(role: &str, folder: &Path) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
         .args(["the_other_process", "--exact", "--nocapture"])
         .env(ROLE, role)
-        .env(FOLDER, folder)
+        .env(FOLDER, folder);
+    command
+}
+
+fn start(role: &str, folder: &Path) -> (Child, i32) {
+    let mut child = other(role, folder)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -178,7 +185,7 @@ fn files_go_at_exit() {
 #[test]
 fn a_limit_for_file_sizes_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut child, _) = start("limited", folder.path());
-    assert!(child.wait().unwrap().success());
+    let output = other("limited", folder.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     assert!(backups(folder.path()).is_empty());
 }

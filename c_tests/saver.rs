@@ -206,12 +206,13 @@ fn a_resume_without_memory_leaves_all_paused() {
 fn the_margin_is_kept() {
     let platform: Arc<dyn Platform> = Arc::new(device::host::HostPlatform::new(1, 10 * GRANULE));
     let saver = Saver::new(platform).unwrap();
-    saver.set_memory_margin(None, 4 * GRANULE);
+    saver.set_memory_margin(None, 4 * GRANULE).unwrap();
+    assert!(saver.set_memory_margin(Some(99), 1).is_err());
     let region = Region::new("m");
     let a = saver.malloc(6 * GRANULE, None, &region).unwrap();
     let refused = saver.malloc(GRANULE, None, &region).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::OutOfDeviceMemory);
-    saver.set_memory_margin(Some(0), 0);
+    saver.set_memory_margin(Some(0), 0).unwrap();
     saver.malloc(GRANULE, None, &region).unwrap();
     saver.free(a).unwrap();
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use tms_memcache::device::{self, DeviceInfo};
+use tms_memcache::device::{self, DeviceInfo, DeviceKind};
 use tms_memcache::{Op, Outcome, PauseOptions, Region, ResumeOptions, Saver, Summary};
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -50,6 +50,9 @@ const TAG: &str = "weights";
 const TICK: Duration = Duration::from_millis(40);
 
 fn main() -> ExitCode {
+    // A program that prints into a pipe ends quietly when nobody reads any more.
+    // SAFETY: restores the default of a signal before any thread runs.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     match Arguments::parse().and_then(|arguments| arguments.map_or(Ok(()), run)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -586,6 +589,12 @@ impl Report {
             println!(
                 "The contents were not kept: after the resume the same addresses held other bytes. \
                  Loaded\nagain, all {count} tensors are as in the file."
+            );
+        }
+        if self.device.kind == DeviceKind::Host {
+            println!(
+                "Without a GPU, device and backup are both memory of this machine; pinned memory is kept \
+                 for the\nnext pause (TMS_PINNED_KEEP). --backup file shows memory that leaves the machine's."
             );
         }
     }

@@ -19,8 +19,12 @@
  * Errors
  *   Functions return an int32_t: 0 (TMS_OK) for success, negative for an error. Out-parameters are
  *   written only on success unless the function says otherwise. tms_last_error_message() tells what
- *   went wrong and names the argument, address or file at fault. Nothing here ends the process,
- *   prints to stdout, or installs a signal handler.
+ *   went wrong and names the argument, address or file at fault. Beside the codes that a function
+ *   lists, any may return TMS_ERR_INTERNAL (a defect of the library), TMS_ERR_FORKED and
+ *   TMS_ERR_SHUTDOWN (see below), TMS_ERR_ABI (another copy of the library in the process does not
+ *   match) and TMS_ERR_UNSUPPORTED (a newer struct with fields that this library does not know).
+ *   Nothing here ends the process, prints to stdout, or installs a signal handler; errors go to
+ *   stderr as well unless TMS_LOG=off.
  *
  * Structs
  *   Structs that may grow begin with struct_size. Zero-fill them and set it to sizeof the struct, so
@@ -28,11 +32,13 @@
  *
  * Devices
  *   TMS_DEVICE=auto (default), cuda or host chooses where the default saver works. "host" needs no
- *   GPU: device memory is memory of this machine. Nothing is probed before the first allocation.
+ *   GPU: device memory is memory of this machine. No driver is touched before the first allocation
+ *   or the first function that asks for a device or a saver.
  *
  * fork and exit
- *   A child forked after the first allocation gets TMS_ERR_FORKED from every function that needs a
- *   device; exec is fine. Once exit has begun no driver is called any more: functions return
+ *   A child forked after a device was opened (tms_device_count, tms_device_info, tms_saver_default,
+ *   tms_saver_create, the first allocation) gets TMS_ERR_FORKED from every function that needs one;
+ *   exec is fine. Once exit has begun no driver is called any more: functions return
  *   TMS_ERR_SHUTDOWN.
  *
  * What a pause does not see
@@ -86,7 +92,7 @@
 #define TMS_ERR_NULL_POINTER -2
 
 /**
- * The address, tag or file is not known.
+ * The address, file or folder is not known.
  */
 #define TMS_ERR_NOT_FOUND -3
 
@@ -176,7 +182,7 @@
 #define TMS_ERR_PARTIAL -20
 
 /**
- * The operation was cancelled before it changed anything.
+ * The operation was cancelled before it changed anything. Reserved: nothing can be cancelled yet.
  */
 #define TMS_ERR_CANCELLED -21
 
@@ -236,7 +242,8 @@
 #define TMS_REGION_PEER_ACCESS 2
 
 /**
- * Backups are kept after a resume, at the same address in every cycle.
+ * Backups in host memory ("pinned", "mmap") are kept after a resume, at the same address in every
+ * cycle. Nothing for "file".
  */
 #define TMS_REGION_RETAIN 4
 
@@ -378,7 +385,8 @@ typedef struct {
     const char *backup;
     /**
      * Folder of "file" backups. NULL: what tms_set_disk_backup_dir or TMS_DISK_BACKUP_DIR says,
-     * else the system's temporary folder.
+     * else the system's temporary folder. Each backup takes its size on disk until the allocation is
+     * freed; files of killed processes are removed by the next process that uses the folder.
      */
     const char *directory;
 } tms_region_options_t;
@@ -407,7 +415,7 @@ typedef struct {
 
 /**
  * What an operation did. Zero-fill it, then set struct_size, and failures if the list is wanted.
- * Filled whether the operation succeeds or not.
+ * Filled whether the operation succeeds or not; not written if an argument is refused.
  */
 typedef struct {
     /**
@@ -638,10 +646,13 @@ const char *tms_last_error_message(void);
  *
  * `callback` may be NULL: then records are no longer delivered. When the function returns, no call of
  * the callback before is running. `user` is passed through and may be NULL; it must stay valid until the callback
- * is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback a process. Any thread, but
- * not from the callback. Records that nobody fetches fast enough are dropped and counted.
+ * is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback
+ * a process. Any thread, but not from the callback.
  *
- * Returns TMS_OK or TMS_ERR_INVALID_ARGUMENT.
+ * What TMS_LOG shows on stderr is shown all the same. How many records were dropped is told by a
+ * record.
+ *
+ * Returns TMS_OK, TMS_ERR_INVALID_ARGUMENT or TMS_ERR_FORKED.
  */
 int32_t tms_log_set_callback(tms_log_callback_t callback,
                              void *user,
@@ -742,8 +753,8 @@ int32_t tms_op_result(const tms_op_t *op,
  * A descriptor that becomes readable when the operation ends, and stays so: for poll, epoll or an
  * event loop.
  *
- * `op`, `fd`: not NULL. The descriptor belongs to the operation: do not close or read it. Any
- * thread.
+ * `op`, `fd`: not NULL. The descriptor belongs to the operation and is valid until
+ * tms_op_free: do not close or read it. Any thread.
  *
  * Returns TMS_OK or TMS_ERR_NULL_POINTER.
  */
@@ -793,13 +804,15 @@ int32_t tms_saver_free(tms_saver_t *saver);
  *
  * `saver`: not NULL. `bytes`: more than 0; rounded up to the device's granularity (2 MiB on
  * NVIDIA GPUs). `device`: an ordinal, or −1 for the thread's current device. `options`: how to
- * treat the allocation; NULL: as the thread's region says, or its defaults outside of one.
+ * treat the allocation (not TMS_REGION_DISABLED); NULL: as the thread's region says, or its defaults
+ * outside of one.
  * `pointer` receives the device address; not NULL; freed with tms_saver_free_memory. New memory
  * is zeroed by the driver. Any thread.
  *
- * Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there or the margin would be
- * touched; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_UNSUPPORTED (export on a device
- * that cannot); TMS_ERR_DEVICE.
+ * Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there, or if less would stay free
+ * than tms_saver_set_memory_margin asked for; TMS_ERR_OUT_OF_HOST_MEMORY if there are no addresses
+ * left; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_UNSUPPORTED (export on a device that
+ * cannot); TMS_ERR_DEVICE.
  */
 int32_t tms_saver_malloc(const tms_saver_t *saver,
                          size_t bytes,
@@ -825,7 +838,8 @@ int32_t tms_saver_free_memory(const tms_saver_t *saver,
  *
  * All work queued on the affected devices is waited for first. If a backup fails, nothing was
  * released and all stays active. Pausing what is paused does nothing and is counted. Contents of
- * allocations without a backup do not survive. Pausing during a stream capture is the caller's
+ * allocations without a backup do not survive. A tag that no allocation has selects nothing and is no
+ * error (a warning in the log): look at done_count and unchanged_count. Pausing during a stream capture is the caller's
  * error, refused where it can be seen. Work of other contexts and processes on the memory is the
  * caller's duty.
  *

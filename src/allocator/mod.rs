@@ -196,7 +196,10 @@ impl Saver {
     }
 
     /// Bytes of `device` (all devices for `None`) that malloc leaves free.
-    pub fn set_memory_margin(&self, device: Option<u32>, bytes: u64) {
+    pub fn set_memory_margin(&self, device: Option<u32>, bytes: u64) -> Result<()> {
+        if let Some(ordinal) = device {
+            self.platform().check_ordinal(ordinal)?;
+        }
         let mut held = self.held();
         match device {
             Some(ordinal) => {
@@ -207,6 +210,7 @@ impl Saver {
                 held.margin_of_all = bytes;
             }
         }
+        Ok(())
     }
 
     /// Allocates `bytes` on `device` (the thread's current one for `None`).

@@ -29,6 +29,18 @@ pub struct Summary {
     pub failures: Vec<Failure>,
 }
 
+impl Summary {
+    /// Says so where named tags selected nothing: a mistyped tag is no error, and looks like one.
+    pub(super) fn warn_if_empty(&self, verb: &str, tags: Option<&[String]>) {
+        let selected = self.done_count + self.unchanged_count + self.failures.len() as u64;
+        if let Some(tags) = tags
+            && selected == 0
+        {
+            tracing::warn!("{verb}: no allocation has the tag {}", tags.join(" or "));
+        }
+    }
+}
+
 /// The end of a pause or resume.
 #[derive(Clone, Debug)]
 pub struct Outcome {

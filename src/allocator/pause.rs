@@ -150,6 +150,9 @@ impl Saver {
         };
         outcome.summary.unchanged_count = unchanged_count;
         outcome
+            .summary
+            .warn_if_empty("pause", options.tags.as_deref());
+        outcome
     }
 
     fn select_active(&self, options: &PauseOptions) -> Result<(Vec<Item>, u64)> {

@@ -164,6 +164,9 @@ impl Saver {
         };
         outcome.summary.unchanged_count = unchanged_count;
         outcome
+            .summary
+            .warn_if_empty("resume", options.tags.as_deref());
+        outcome
     }
 
     fn select_paused(&self, options: &ResumeOptions) -> (Vec<Item>, u64) {

@@ -205,6 +205,21 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// The device `ordinal`, made ready on the first call (on CUDA: its primary context retained).
     fn device(&self, ordinal: u32) -> Result<Arc<dyn Device>>;
 
+    /// An error that names the argument unless there is a device `ordinal`.
+    fn check_ordinal(&self, ordinal: u32) -> Result<()> {
+        let count = self.device_count();
+        if ordinal < count {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "device",
+            format_args!(
+                "{ordinal} does not exist, the last one is {}",
+                count.saturating_sub(1)
+            ),
+        ))
+    }
+
     /// Driver functions that are missing; the features that need them are off.
     fn missing_symbols(&self) -> Vec<&'static str> {
         Vec::new()
@@ -223,12 +238,15 @@ pub trait Platform: Send + Sync + fmt::Debug {
 /// `cuda` or `host`.
 pub fn open_from_environment() -> Result<Arc<dyn Platform>> {
     let wanted = std::env::var("TMS_DEVICE").unwrap_or_default();
-    open(&wanted)
+    open(&wanted).map_err(|error| match error.kind() {
+        ErrorKind::InvalidArgument => error.context("TMS_DEVICE"),
+        _ => error,
+    })
 }
 
-/// See [`open_from_environment`]. The empty string means `auto`.
+/// See [`open_from_environment`]. In any case of letters; the empty string means `auto`.
 pub fn open(wanted: &str) -> Result<Arc<dyn Platform>> {
-    match wanted {
+    match wanted.to_ascii_lowercase().as_str() {
         "host" => Ok(Arc::new(host::HostPlatform::from_environment()?)),
         "cuda" => Ok(Arc::new(cuda::CudaPlatform::open()?)),
         "" | "auto" => match cuda::CudaPlatform::open() {
@@ -240,7 +258,7 @@ pub fn open(wanted: &str) -> Result<Arc<dyn Platform>> {
             Err(error) => Err(error),
         },
         other => Err(Error::invalid(
-            "TMS_DEVICE",
+            "device",
             format_args!("\"{other}\" is none of auto, cuda, host"),
         )),
     }

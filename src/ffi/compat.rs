@@ -26,7 +26,7 @@ pub fn region_enabled() -> bool {
 
 /// Whether hooks are to serve from the host device even where CUDA is installed.
 pub fn host_device_wanted() -> bool {
-    std::env::var("TMS_DEVICE").is_ok_and(|wanted| wanted == "host")
+    std::env::var("TMS_DEVICE").is_ok_and(|wanted| wanted.eq_ignore_ascii_case("host"))
 }
 
 /// Allocates on `device` (the thread's current one for `None`) for the thread's region.

@@ -21,6 +21,7 @@ pub(super) fn fence(body: impl FnOnce() -> Result<i32>) -> i32 {
 
 /// Runs the body of a function that returns something else.
 pub(super) fn fenced<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    super::log::read_environment();
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         let what = panic
             .downcast_ref::<&str>()

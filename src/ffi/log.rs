@@ -241,22 +241,24 @@ fn install() {
     });
 }
 
-/// Shows records on stderr if `TMS_LOG` says so. Called before the first work of any kind.
+/// Shows records on stderr as `TMS_LOG` says: errors where it is not set, because a failure that
+/// nobody sees looks like success. Called at the border, before the first work of any kind.
 pub(super) fn read_environment() {
     READ_ENVIRONMENT.call_once(|| {
-        let level = match std::env::var("TMS_LOG").unwrap_or_default().trim() {
-            "" | "off" => return,
-            "error" => 1,
+        let wanted = std::env::var("TMS_LOG").unwrap_or_default();
+        let level = match wanted.trim().to_ascii_lowercase().as_str() {
+            "off" => return,
+            "" | "error" => 1,
             "warn" => 2,
             "info" => 3,
             "debug" => 4,
             other => {
                 let line = format!(
-                    "tms error: TMS_LOG: \"{other}\" is none of error, warn, info, debug, off\n"
+                    "tms error: TMS_LOG: \"{other}\" is none of error, warn, info, debug, off; using error\n"
                 );
                 // SAFETY: one write of a valid buffer.
                 unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
-                return;
+                1
             }
         };
         STDERR_LEVEL.store(level, Ordering::Relaxed);
@@ -268,10 +270,13 @@ pub(super) fn read_environment() {
 ///
 /// `callback` may be NULL: then records are no longer delivered. When the function returns, no call of
 /// the callback before is running. `user` is passed through and may be NULL; it must stay valid until the callback
-/// is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback a process. Any thread, but
-/// not from the callback. Records that nobody fetches fast enough are dropped and counted.
+/// is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback
+/// a process. Any thread, but not from the callback.
 ///
-/// Returns TMS_OK or TMS_ERR_INVALID_ARGUMENT.
+/// What TMS_LOG shows on stderr is shown all the same. How many records were dropped is told by a
+/// record.
+///
+/// Returns TMS_OK, TMS_ERR_INVALID_ARGUMENT or TMS_ERR_FORKED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tms_log_set_callback(
     callback: tms_log_callback_t,

@@ -126,8 +126,8 @@ pub unsafe extern "C" fn tms_op_result(op: *const tms_op_t, result: *mut tms_res
 /// A descriptor that becomes readable when the operation ends, and stays so: for poll, epoll or an
 /// event loop.
 ///
-/// `op`, `fd`: not NULL. The descriptor belongs to the operation: do not close or read it. Any
-/// thread.
+/// `op`, `fd`: not NULL. The descriptor belongs to the operation and is valid until
+/// tms_op_free: do not close or read it. Any thread.
 ///
 /// Returns TMS_OK or TMS_ERR_NULL_POINTER.
 #[unsafe(no_mangle)]

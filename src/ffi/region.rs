@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 pub const TMS_REGION_EXPORTABLE: u32 = 1;
 /// All peer devices get access to memory of the region. Pausing it waits for them too.
 pub const TMS_REGION_PEER_ACCESS: u32 = 2;
-/// Backups are kept after a resume, at the same address in every cycle.
+/// Backups in host memory ("pinned", "mmap") are kept after a resume, at the same address in every
+/// cycle. Nothing for "file".
 pub const TMS_REGION_RETAIN: u32 = 4;
 /// tms_region_push: no region, until the matching pop.
 pub const TMS_REGION_DISABLED: u32 = 8;
@@ -33,7 +34,8 @@ pub struct tms_region_options_t {
     /// What keeps the contents while paused: "pinned", "mmap", "file", or "none". NULL: "none".
     pub backup: *const c_char,
     /// Folder of "file" backups. NULL: what tms_set_disk_backup_dir or TMS_DISK_BACKUP_DIR says,
-    /// else the system's temporary folder.
+    /// else the system's temporary folder. Each backup takes its size on disk until the allocation is
+    /// freed; files of killed processes are removed by the next process that uses the folder.
     pub directory: *const c_char,
 }
 

@@ -23,7 +23,7 @@ pub struct tms_failure_t {
 }
 
 /// What an operation did. Zero-fill it, then set struct_size, and failures if the list is wanted.
-/// Filled whether the operation succeeds or not.
+/// Filled whether the operation succeeds or not; not written if an argument is refused.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct tms_result_t {

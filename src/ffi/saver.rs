@@ -109,7 +109,6 @@ unsafe impl Sized32 for tms_allocation_info_t {}
 
 /// The saver of the process, opened on the first call.
 pub(super) fn default_saver() -> Result<Saver> {
-    super::log::read_environment();
     Saver::process_default()
 }
 
@@ -127,7 +126,6 @@ pub unsafe extern "C" fn tms_saver_create(
 ) -> i32 {
     forward!(tms_saver_create(options, saver));
     fence(|| {
-        super::log::read_environment();
         process::check()?;
         let saver = out(saver, "saver")?;
         // SAFETY: valid by the function's contract.
@@ -141,7 +139,7 @@ pub unsafe extern "C" fn tms_saver_create(
             }
         };
         let platform = match wanted {
-            Some(name) => device::open(name)?,
+            Some(name) => device::open(name).map_err(|error| error.context("options"))?,
             None => device::open_from_environment()?,
         };
         let made = Box::new(tms_saver_t {
@@ -198,13 +196,15 @@ pub unsafe extern "C" fn tms_saver_free(saver: *mut tms_saver_t) -> i32 {
 ///
 /// `saver`: not NULL. `bytes`: more than 0; rounded up to the device's granularity (2 MiB on
 /// NVIDIA GPUs). `device`: an ordinal, or −1 for the thread's current device. `options`: how to
-/// treat the allocation; NULL: as the thread's region says, or its defaults outside of one.
+/// treat the allocation (not TMS_REGION_DISABLED); NULL: as the thread's region says, or its defaults
+/// outside of one.
 /// `pointer` receives the device address; not NULL; freed with tms_saver_free_memory. New memory
 /// is zeroed by the driver. Any thread.
 ///
-/// Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there or the margin would be
-/// touched; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_UNSUPPORTED (export on a device
-/// that cannot); TMS_ERR_DEVICE.
+/// Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there, or if less would stay free
+/// than tms_saver_set_memory_margin asked for; TMS_ERR_OUT_OF_HOST_MEMORY if there are no addresses
+/// left; TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_UNSUPPORTED (export on a device that
+/// cannot); TMS_ERR_DEVICE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tms_saver_malloc(
     saver: *const tms_saver_t,
@@ -225,7 +225,15 @@ pub unsafe extern "C" fn tms_saver_malloc(
         let pointer = out(pointer, "pointer")?;
         let chosen = match &options {
             // SAFETY: as above.
-            Some(options) => unsafe { from_options(options) }?.0,
+            Some(options) => match unsafe { from_options(options) }? {
+                (chosen, true) => chosen,
+                (_, false) => {
+                    return Err(Error::invalid(
+                        "options.flags",
+                        "TMS_REGION_DISABLED is for tms_region_push only",
+                    ));
+                }
+            },
             None => region::current_or_default()?,
         };
         let address = handle
@@ -265,7 +273,8 @@ pub unsafe extern "C" fn tms_saver_free_memory(
 ///
 /// All work queued on the affected devices is waited for first. If a backup fails, nothing was
 /// released and all stays active. Pausing what is paused does nothing and is counted. Contents of
-/// allocations without a backup do not survive. Pausing during a stream capture is the caller's
+/// allocations without a backup do not survive. A tag that no allocation has selects nothing and is no
+/// error (a warning in the log): look at done_count and unchanged_count. Pausing during a stream capture is the caller's
 /// error, refused where it can be seen. Work of other contexts and processes on the memory is the
 /// caller's duty.
 ///
@@ -531,7 +540,7 @@ pub unsafe extern "C" fn tms_saver_set_memory_margin(
     fence(|| {
         // SAFETY: valid by the function's contract.
         let handle = unsafe { required(saver, "saver") }?;
-        handle.saver()?.set_memory_margin(ordinal(device)?, bytes);
+        handle.saver()?.set_memory_margin(ordinal(device)?, bytes)?;
         Ok(TMS_OK)
     })
 }

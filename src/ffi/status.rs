@@ -21,7 +21,7 @@ pub const TMS_OK: i32 = 0;
 pub const TMS_ERR_INVALID_ARGUMENT: i32 = -1;
 /// A pointer that must not be NULL is NULL.
 pub const TMS_ERR_NULL_POINTER: i32 = -2;
-/// The address, tag or file is not known.
+/// The address, file or folder is not known.
 pub const TMS_ERR_NOT_FOUND: i32 = -3;
 /// The device cannot give the physical memory. Nothing changed; the call can be repeated.
 pub const TMS_ERR_OUT_OF_DEVICE_MEMORY: i32 = -4;
@@ -57,7 +57,7 @@ pub const TMS_ERR_SHUTDOWN: i32 = -18;
 pub const TMS_ERR_ABI: i32 = -19;
 /// Part of the selection was done and part was not; the result lists which.
 pub const TMS_ERR_PARTIAL: i32 = -20;
-/// The operation was cancelled before it changed anything.
+/// The operation was cancelled before it changed anything. Reserved: nothing can be cancelled yet.
 pub const TMS_ERR_CANCELLED: i32 = -21;
 /// A defect of this library.
 pub const TMS_ERR_INTERNAL: i32 = -22;

@@ -19,8 +19,12 @@
  * Errors
  *   Functions return an int32_t: 0 (TMS_OK) for success, negative for an error. Out-parameters are
  *   written only on success unless the function says otherwise. tms_last_error_message() tells what
- *   went wrong and names the argument, address or file at fault. Nothing here ends the process,
- *   prints to stdout, or installs a signal handler.
+ *   went wrong and names the argument, address or file at fault. Beside the codes that a function
+ *   lists, any may return TMS_ERR_INTERNAL (a defect of the library), TMS_ERR_FORKED and
+ *   TMS_ERR_SHUTDOWN (see below), TMS_ERR_ABI (another copy of the library in the process does not
+ *   match) and TMS_ERR_UNSUPPORTED (a newer struct with fields that this library does not know).
+ *   Nothing here ends the process, prints to stdout, or installs a signal handler; errors go to
+ *   stderr as well unless TMS_LOG=off.
  *
  * Structs
  *   Structs that may grow begin with struct_size. Zero-fill them and set it to sizeof the struct, so
@@ -28,11 +32,13 @@
  *
  * Devices
  *   TMS_DEVICE=auto (default), cuda or host chooses where the default saver works. "host" needs no
- *   GPU: device memory is memory of this machine. Nothing is probed before the first allocation.
+ *   GPU: device memory is memory of this machine. No driver is touched before the first allocation
+ *   or the first function that asks for a device or a saver.
  *
  * fork and exit
- *   A child forked after the first allocation gets TMS_ERR_FORKED from every function that needs a
- *   device; exec is fine. Once exit has begun no driver is called any more: functions return
+ *   A child forked after a device was opened (tms_device_count, tms_device_info, tms_saver_default,
+ *   tms_saver_create, the first allocation) gets TMS_ERR_FORKED from every function that needs one;
+ *   exec is fine. Once exit has begun no driver is called any more: functions return
  *   TMS_ERR_SHUTDOWN.
  *
  * What a pause does not see

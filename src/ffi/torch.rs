@@ -57,7 +57,6 @@ pub extern "C" fn tms_get_current_tag() -> *const c_char {
 pub extern "C" fn tms_set_interesting_region(enabled: bool) {
     forward!(tms_set_interesting_region(enabled) else |_: &_| ());
     report(fenced(|| {
-        super::log::read_environment();
         region::set_enabled(enabled);
         Ok(())
     }));
@@ -255,16 +254,17 @@ fn end(verb: &str, outcome: Outcome) -> i32 {
     };
     tracing::error!("tms_{verb} failed: {error}");
     let code = fail(&error);
-    match std::env::var("TMS_ON_ERROR").as_deref() {
-        Ok("abort") => {
+    let wanted = std::env::var("TMS_ON_ERROR").unwrap_or_default();
+    match wanted.trim().to_ascii_lowercase().as_str() {
+        "abort" => {
             let line =
                 format!("tms error: tms_{verb} failed: {error}; aborting as TMS_ON_ERROR says\n");
             // SAFETY: one write of a valid buffer.
             unsafe { libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len()) };
             std::process::abort()
         }
-        Ok("" | "return") | Err(_) => code,
-        Ok(other) => {
+        "" | "return" => code,
+        other => {
             tracing::error!("TMS_ON_ERROR: \"{other}\" is neither return nor abort; returning");
             code
         }
@@ -305,7 +305,10 @@ fn resume_wait() -> Duration {
             .parse()
             .map(Duration::from_millis)
             .unwrap_or_else(|_| {
-                tracing::error!("TMS_RESUME_WAIT_MS: \"{text}\" is not a number of milliseconds");
+                tracing::error!(
+                    "TMS_RESUME_WAIT_MS: \"{text}\" is not a number of milliseconds; using {}",
+                    DEFAULT_WAIT.as_millis()
+                );
                 DEFAULT_WAIT
             })
     })
@@ -454,7 +457,7 @@ pub extern "C" fn tms_hook_is_pinned(pointer: *const c_void) -> bool {
 pub extern "C" fn tms_hook_set_memory_margin(bytes: u64) -> c_int {
     forward!(tms_hook_set_memory_margin(bytes));
     fence(|| {
-        default_saver()?.set_memory_margin(None, bytes);
+        default_saver()?.set_memory_margin(None, bytes)?;
         Ok(TMS_OK)
     })
 }

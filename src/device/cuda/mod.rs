@@ -22,7 +22,7 @@ mod vmm;
 use std::sync::{Arc, OnceLock};
 
 use super::{Device, DeviceKind, Platform};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::process;
 use code::SUCCESS;
 pub use device::CudaDevice;
@@ -69,10 +69,8 @@ impl CudaPlatform {
     /// See [`Platform::device`].
     pub fn cuda_device(&self, ordinal: u32) -> Result<Arc<CudaDevice>> {
         process::check()?;
-        let slot = self.devices.get(ordinal as usize).ok_or_else(|| {
-            let count = self.devices.len();
-            Error::invalid("ordinal", format_args!("{ordinal} of {count} devices"))
-        })?;
+        self.check_ordinal(ordinal)?;
+        let slot = &self.devices[ordinal as usize];
         if let Some(device) = slot.get() {
             return Ok(Arc::clone(device));
         }

@@ -135,11 +135,7 @@ impl Platform for HostPlatform {
     }
 
     fn device(&self, ordinal: u32) -> Result<Arc<dyn Device>> {
-        let count = self.shared.devices;
-        if ordinal >= count {
-            let why = format!("there is no device {ordinal}, only {count}");
-            return Err(Error::invalid("ordinal", why));
-        }
+        self.check_ordinal(ordinal)?;
         Ok(Arc::new(HostDevice {
             shared: Arc::clone(&self.shared),
             info: DeviceInfo {
