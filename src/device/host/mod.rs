@@ -146,7 +146,9 @@ impl Platform for HostPlatform {
                 driver_version: 0,
                 can_export: true,
                 rdma: false,
-                peers: (0..count).filter(|peer| *peer != ordinal).collect(),
+                peers: (0..self.shared.devices)
+                    .filter(|peer| *peer != ordinal)
+                    .collect(),
             },
         }))
     }
