@@ -65,18 +65,19 @@ int main(void)
     memset(&options, 0, sizeof options);
     options.struct_size = (uint32_t)sizeof options;
     tms_saver_t *other = NULL;
-    static const char *const refused[] = {"", "HOST", "host ", "gpu", "\xFF"};
-    for (size_t i = 0; i < 5; i++) {
+    static const char *const refused[] = {"host ", "gpu", "\xFF"};
+    for (size_t i = 0; i < 3; i++) {
         options.device = refused[i];
-        /* An empty name means what TMS_DEVICE says, as an empty variable does. */
-        int32_t expected = i == 0 ? TMS_OK : TMS_ERR_INVALID_ARGUMENT;
-        CHECK_STATUS(expected, tms_saver_create(&options, &other));
+        CHECK_STATUS(TMS_ERR_INVALID_ARGUMENT, tms_saver_create(&options, &other));
     }
-    CHECK_OK(tms_saver_free(other));
-    other = NULL;
-    options.device = "host";
-    CHECK_OK(tms_saver_create(&options, &other));
-    CHECK_OK(tms_saver_free(other));
+    /* An empty name means what TMS_DEVICE says, as an empty variable does. */
+    static const char *const taken[] = {"", "HOST", "host"};
+    for (size_t i = 0; i < 3; i++) {
+        options.device = taken[i];
+        CHECK_OK(tms_saver_create(&options, &other));
+        CHECK_OK(tms_saver_free(other));
+        other = NULL;
+    }
     options.flags = 1;
     CHECK_STATUS(TMS_ERR_INVALID_ARGUMENT, tms_saver_create(&options, &other));
     options.flags = 0;

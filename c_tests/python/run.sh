@@ -67,6 +67,7 @@ if [ ! -d "$TMS_TEST_PACKAGE" ]; then
     "$python" -m zipfile -e "$wheels"/torch_memory_saver-0.0.10-*.whl "$TMS_TEST_PACKAGE"
 fi
 unittests test_dropin
+unittests test_scripts
 
 # The binding as a user installs it, with the library inside the package.
 rm -rf "$out/source" "$out/installed"
@@ -111,6 +112,16 @@ package() { # NAME OPTIONS...
 }
 
 package package
+# The package's own file needs a CUDA runtime, so only ours is looked at.
+PYTHONPATH="$here/fake_torch:$out/numpy" "$python" \
+    "$root/examples/python/bench_torch_memory_saver.py" --wheel "$wheels" --library "$preload" \
+    --shape 320x32 --shrink 32 --case none --case 'pinned first' --touch-gib 1 --json \
+    >"$out/bench.json" 2>"$out/log"
+run python-bench "$python" -c "
+import json
+found = json.load(open('$out/bench.json'))['measured']['320x32']['ours']
+assert found['error'] is None, found
+assert [case['bytes_right'] for case in found['cases'].values()] == [True, True], found"
 # Once more through the hooks and the CUDA code, on the software driver and the runtime without CUDA.
 if "$here/../fakecuda/build.sh" "$out/fakecuda" >"$out/log" 2>&1 &&
     "${CC:-cc}" -D_GNU_SOURCE -shared -fPIC -pthread -Wl,-soname,libcudart.so.13 \

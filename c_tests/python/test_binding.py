@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import unittest
+from unittest import mock
 
 import tms_memcache as tms
+from tms_memcache import _library
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -129,6 +131,33 @@ class SaverTest(unittest.TestCase):
         with self.assertRaises(ValueError):
             operation.wait()
         self.assertEqual(ctypes.string_at(address, SIZE), data)
+
+    def test_wait_ms_has_a_range(self):
+        for wait_ms in (-1, 1 << 32):
+            with self.assertRaises(ValueError):
+                self.saver.resume(wait_ms=wait_ms)
+            with self.assertRaises(ValueError):
+                self.saver.resume_async(wait_ms=wait_ms)
+        self.saver.resume(wait_ms=(1 << 32) - 1)
+
+    def test_ended_operations_are_not_kept(self):
+        for _ in range(3):
+            with self.saver.pause_async() as operation:
+                operation.wait()
+            self.saver.resume_async().wait()
+        self.assertLessEqual(len(self.saver._running), 1)
+
+    def test_exit_keeps_the_exception(self):
+        library = _library.load()
+        with mock.patch.object(library, "tms_saver_free", lambda handle: -10):
+            with self.assertRaises(ZeroDivisionError):
+                with tms.Saver(device="host") as saver:
+                    1 / 0
+            with self.assertRaises(tms.TmsError) as caught:
+                with saver:
+                    pass
+        self.assertEqual(caught.exception.name, "BUSY")
+        saver.close()
 
     def test_errors_carry_the_message(self):
         with self.assertRaises(tms.TmsError) as caught:
@@ -257,6 +286,51 @@ class ModuleTest(unittest.TestCase):
         )
         self.assertIn("LibraryNotFound", ended.stderr)
         self.assertIn("/nowhere/libtms_memcache.so", ended.stderr)
+
+    def test_library_in_no_place(self):
+        with mock.patch.dict(os.environ):
+            del os.environ["TMS_LIBRARY"]
+            with mock.patch.object(_library, "candidates", lambda name: []):
+                with self.assertRaises(tms.LibraryNotFound) as caught:
+                    _library.find()
+        self.assertIn("set TMS_LIBRARY or use pip install -e", str(caught.exception))
+
+    def test_saver_dropped_while_an_operation_runs(self):
+        script = (
+            "import time, tms_memcache as tms\n"
+            "before = tms.device_info().free_bytes\n"
+            "for how in ('del', 'close', 'with', 'closed operation'):\n"
+            "    saver = tms.Saver(device='host')\n"
+            "    saver.malloc(48 << 20, tag='paused', backup='mmap')\n"
+            "    saver.pause('paused')\n"
+            "    saver.malloc(48 << 20, tag='full')\n"
+            "    operation = saver.resume_async('paused', wait_ms=700)\n"
+            "    assert not operation.done\n"
+            "    if how == 'closed operation':\n"
+            "        operation.close()\n"
+            "        del operation\n"
+            "    start = time.monotonic()\n"
+            "    if how == 'with':\n"
+            "        with saver:\n"
+            "            pass\n"
+            "    elif how == 'close':\n"
+            "        saver.close()\n"
+            "    del saver\n"
+            "    assert time.monotonic() - start > 0.3, how\n"
+            "    free = tms.device_info().free_bytes\n"
+            "    assert free == before, (how, free, before)\n"
+            "    if how != 'closed operation':\n"
+            "        assert operation.done\n"
+        )
+        environment = {**os.environ, "TMS_HOST_DEVICE_MEMORY": "64MB"}
+        ended = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual((ended.returncode, ended.stderr), (0, ""))
 
     def test_exit_while_paused(self):
         script = (

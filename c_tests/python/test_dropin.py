@@ -98,6 +98,68 @@ class DropinTest(unittest.TestCase):
         self.done(self.tool("restore"))
         self.assert_original()
 
+    def test_status_after_a_reinstall(self):
+        self.assertNotIn("overwritten", self.done(self.tool("status")))
+        self.done(self.tool("install"))
+        for name in NAMES:
+            shutil.copyfile(PACKAGE / name, self.site / name)
+        text = self.done(self.tool("status"))
+        self.assertIn("original (ours was overwritten; run install again)", text)
+        self.assertIn(" 0.0.10 in ", text)
+
+    def test_another_version_of_the_package(self):
+        information = self.site / "torch_memory_saver-0.0.10.dist-info"
+        metadata = information / "METADATA"
+        metadata.write_text(metadata.read_text().replace("Version: 0.0.10", "Version: 0.0.9"))
+        words = ("0.0.9", "pip install torch_memory_saver==0.0.10", "--force")
+        self.refused(self.tool("install"), *words)
+        self.assert_original()
+        self.assertIn(" 0.0.9 in ", self.done(self.tool("status")))
+        self.done(self.tool("install", "--force"))
+        self.assertEqual(self.active(), "ours")
+        self.done(self.tool("restore"))
+        shutil.rmtree(information)
+        self.refused(self.tool("install"), "dist-info", "--force")
+        self.assert_original()
+
+    def uninstall(self, site):
+        """What pip does: removes the files that it installed, and empty folders."""
+        record = next(site.glob("torch_memory_saver-*.dist-info/RECORD"))
+        for line in record.read_text().splitlines():
+            (site / line.split(",")[0]).unlink()
+        for folder in (record.parent, site / "torch_memory_saver"):
+            shutil.rmtree(folder)
+
+    def assert_nothing_left(self, site):
+        self.assertEqual(list(site.glob("torch_memory_saver*")), [])
+
+    def test_restore_after_an_uninstall(self):
+        self.done(self.tool("install"))
+        self.uninstall(self.site)
+        self.assertNotEqual(list(self.site.glob("*.orig")), [])
+        self.refused(self.tool("status"), "not installed", "`restore` removes")
+        self.assertIn("removed 7 leftover files", self.done(self.tool("restore")))
+        self.assert_nothing_left(self.site)
+        self.refused(self.tool("restore"), "not installed")
+
+    def test_restore_where_only_the_package_is_gone(self):
+        self.done(self.tool("install"))
+        shutil.rmtree(self.site / "torch_memory_saver")
+        self.done(self.tool("restore"))
+        self.assert_original()
+        self.assertEqual(list(self.site.glob("*.json")), [])
+
+    def test_leftovers_of_names_outside(self):
+        (self.site / "torch_memory_saver_dropin.json").write_text(
+            json.dumps({"files": {"../precious": {}, "precious": {}}})
+        )
+        for place in (self.site.parent, self.site):
+            (place / "precious.orig").write_text("kept")
+        shutil.rmtree(self.site / "torch_memory_saver")
+        self.done(self.tool("restore"))
+        for place in (self.site.parent, self.site):
+            self.assertTrue((place / "precious.orig").exists())
+
     def test_damaged_original(self):
         self.done(self.tool("install"))
         (self.site / (NAMES[0] + ".orig")).write_bytes(b"something else")
@@ -135,6 +197,12 @@ class DropinTest(unittest.TestCase):
         python = str(environment / "bin" / "python")
         self.done(self.tool("restore", where=["--python", python]))
         self.assertEqual(digest(packages / NAMES[0]), self.originals[NAMES[0]])
+        self.done(self.tool("install", where=["--python", python]))
+        self.uninstall(packages)
+        self.refused(self.tool("install", where=["--python", python]), "`restore` removes")
+        found = json.loads(self.done(self.tool("restore", "--json", where=["--python", python])))
+        self.assertEqual((found["package"], found["files"]), (None, []))
+        self.assert_nothing_left(packages)
 
 
 if __name__ == "__main__":

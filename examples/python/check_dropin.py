@@ -3,7 +3,7 @@
 
     python check_dropin.py [--mode torch|preload|all] [--wheel FILE_OR_DIR] [--library FILE]
 
-Needs a GPU, PyTorch and the package (installed, or as a wheel). The package is copied to a
+Needs a GPU, PyTorch, numpy and the package (installed, or as a wheel). The package is copied to a
 temporary folder, where our file takes the place of its own; nothing that is installed changes.
 Checks run in groups, each group in its own process, so that a crash hides little. One line a
 check: ``ok MODE.NAME`` or ``FAIL MODE.NAME why``; the exit status is 1 if any failed.
@@ -1097,6 +1097,12 @@ def main() -> int:
 
     import package_copy
 
+    package_copy.exit_on_sigterm()
+    try:
+        package_copy.check_machine()
+    except package_copy.Unready as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="tms-dropin-") as name:
         folder = Path(name)
@@ -1105,10 +1111,7 @@ def main() -> int:
             done = "the package's own file"
             if not options.theirs:
                 done = package_copy.put_ours(package, options.library)
-        except (package_copy.PackageMissing, package_copy.dropin.DropinError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except ImportError as error:
+        except package_copy.PROBLEMS as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         if not options.json:

@@ -211,7 +211,8 @@ def find(name: str = LIBRARY) -> Path:
     looked = "".join(f"\n  {place}" for place in places)
     raise LibraryNotFound(
         f"{name} is not there. Build it with `cargo build --release --all-targets`, or let "
-        f"{variable} name the file. Looked for:{looked}"
+        f"{variable} name the file; an installed package does not know the repository: set "
+        f"{variable} or use pip install -e. Looked for:{looked}"
     )
 
 

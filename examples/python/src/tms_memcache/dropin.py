@@ -3,8 +3,9 @@
     python -m tms_memcache.dropin install|status|restore [--env DIR | --python FILE | --package DIR]
 
 The package loads one native file by its name. ``install`` keeps each of those files as
-``NAME.orig`` and puts ``libtms_preload.so`` under its name; ``restore`` undoes that. The package's
-Python code is not touched. A running process keeps the file that it has loaded.
+``NAME.orig`` and puts ``libtms_preload.so`` under its name; ``restore`` undoes that, and after
+``pip uninstall`` removes what was left. The package's Python code is not touched. A running process
+keeps the file that it has loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 from . import _library
 from ._errors import LibraryNotFound
 
 PACKAGE = "torch_memory_saver"
 RECORD = "torch_memory_saver_dropin.json"
+
+#: The version of the package that our file stands in for.
+SUPPORTED = "0.0.10"
 
 #: The names that the package looks for, whatever it was built for.
 _NAME = re.compile(r"torch_memory_saver_hook_mode_(preload|torch)(_cu\d+)?\.[\w.\-]*so")
@@ -44,9 +48,11 @@ print(library.tms_version().decode())
 """
 
 _PROBE_PACKAGE = """
-import importlib.util
+import importlib.util, json, os, sys
 spec = importlib.util.find_spec("torch_memory_saver")
-print(spec.origin if spec and spec.origin else "")
+names = ("site-packages", "dist-packages")
+folders = [folder for folder in sys.path if os.path.basename(folder) in names]
+print(json.dumps({"origin": spec.origin if spec else None, "folders": folders}))
 """
 
 
@@ -80,8 +86,28 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def package_folder(python: str) -> Path:
-    """Where ``python`` would import the package from. Imports nothing of it."""
+def package_version(package: Path) -> Optional[str]:
+    """What the package's dist-info says, ``None`` without one."""
+    versions = set()
+    for metadata in package.parent.glob(f"{PACKAGE}-*.dist-info/METADATA"):
+        found = re.search(r"^Version: *(\S+)", metadata.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            versions.add(found.group(1))
+    return " and ".join(sorted(versions)) or None
+
+
+def _check_version(package: Path) -> None:
+    version = package_version(package)
+    if version != SUPPORTED:
+        found = f"is version {version}" if version else "has no dist-info that tells its version"
+        raise DropinError(
+            f"{PACKAGE} in {package.parent} {found}; our file stands in for {SUPPORTED}: "
+            f"`pip install {PACKAGE}=={SUPPORTED}`, or install with --force"
+        )
+
+
+def _probe(python: str) -> Tuple[Optional[Path], List[Path]]:
+    """Where ``python`` would import the package from, and its folders of installed packages."""
     try:
         answer = subprocess.run(
             [python, "-c", _PROBE_PACKAGE], capture_output=True, text=True, timeout=60
@@ -90,19 +116,29 @@ def package_folder(python: str) -> Path:
         raise DropinError(f"{python} cannot be run: {error}") from error
     if answer.returncode != 0:
         raise DropinError(f"{python} failed: {answer.stderr.strip()}")
-    origin = answer.stdout.strip()
-    if not origin:
-        raise DropinError(
-            f"the package {PACKAGE} is not installed for {python}; "
-            f"install it with `{python} -m pip install {PACKAGE}`"
-        )
-    return Path(origin).parent
+    found = json.loads(answer.stdout)
+    package = Path(found["origin"]).parent if found["origin"] else None
+    return package, [Path(folder) for folder in found["folders"]]
+
+
+def leftover_folders(folders: List[Path]) -> List[Path]:
+    """Of folders of installed packages: those where a record of ours lies."""
+    places = [place for folder in folders for place in (folder, folder / PACKAGE)]
+    return [place for place in dict.fromkeys(places) if (place / RECORD).is_file()]
+
+
+def _not_installed(where: str, leftovers: List[Path]) -> DropinError:
+    text = f"the package {PACKAGE} is not installed {where}; "
+    text += f"install it with `pip install {PACKAGE}=={SUPPORTED}`"
+    if leftovers:
+        text += f"; `restore` removes what an earlier install left in {leftovers[0]}"
+    return DropinError(text)
 
 
 def native_files(package: Path) -> List[NativeFile]:
     """The package's native files: in its folder, or else in the one above, as it searches."""
     if not (package / "__init__.py").is_file():
-        raise DropinError(f"{package} is not the package {PACKAGE}: it has no __init__.py")
+        raise _not_installed(f"in {package}", leftover_folders([package.parent]))
     for folder in (package, package.parent):
         names = sorted(entry.name for entry in folder.iterdir() if _NAME.fullmatch(entry.name))
         if names:
@@ -162,9 +198,11 @@ def _write_record(folder: Path, version: str, files: Dict[str, Dict[str, str]]) 
     (folder / RECORD).write_text(text + "\n")
 
 
-def install(package: Path, library: Path) -> str:
-    """Returns what was done, one line."""
+def install(package: Path, library: Path, force: bool = False) -> str:
+    """Returns what was done, one line. ``force``: whatever the version of the package."""
     files = native_files(package)
+    if not force:
+        _check_version(package)
     folder = files[0].path.parent
     _check_writable(folder)
     version = _check_library(library)
@@ -193,10 +231,13 @@ def restore(package: Path) -> str:
     folder = files[0].path.parent
     ours = [file for file in files if file.is_ours]
     stale = [file for file in files if not file.is_ours and file.original.exists()]
+    record = _read_record(folder)
+    # Names that the package no longer has.
+    gone = [NativeFile(folder / name) for name in record if _NAME.fullmatch(name)]
+    stale += [file for file in gone if file.original.exists() and not file.path.exists()]
     if not ours and not stale:
         return f"nothing to restore: {folder} has the package's own files"
     _check_writable(folder)
-    record = _read_record(folder)
     for file in ours:
         if not file.original.exists():
             raise DropinError(f"{file.original} is gone; install {PACKAGE} anew")
@@ -216,6 +257,28 @@ def restore(package: Path) -> str:
     return f"restored {len(ours)} files in {folder}"
 
 
+def remove_leftovers(folder: Path) -> str:
+    """Removes the record and the kept originals of a package that is gone; says so in one line.
+
+    A file of ours that is still in place gives way to its original.
+    """
+    _check_writable(folder)
+    count = 1
+    for name in _read_record(folder):
+        file = NativeFile(folder / name)
+        if not _NAME.fullmatch(name) or not file.original.is_file():
+            continue
+        if file.path.is_file() and file.is_ours:
+            os.replace(file.original, file.path)
+        else:
+            file.original.unlink()
+        count += 1
+    (folder / RECORD).unlink()
+    if folder.name == PACKAGE and not any(folder.iterdir()):
+        folder.rmdir()
+    return f"removed {count} leftover files from {folder}; {PACKAGE} is not installed"
+
+
 def status(package: Path) -> Dict[str, object]:
     """Which file is active, as plain data."""
     files = native_files(package)
@@ -225,7 +288,9 @@ def status(package: Path) -> Dict[str, object]:
         active = "mixed"
     return {
         "package": str(package),
+        "version": package_version(package),
         "active": active,
+        "overwritten": "reinstalled" in states,
         "files": [
             {"name": file.path.name, "state": state, "sha256": sha256(file.path)}
             for file, state in zip(files, states)
@@ -234,7 +299,9 @@ def status(package: Path) -> Dict[str, object]:
 
 
 def _print_status(found: Dict[str, object]) -> None:
-    print(f"{PACKAGE} in {found['package']}: {found['active']}")
+    hint = " (ours was overwritten; run install again)" if found["overwritten"] else ""
+    version = found["version"] or "of unknown version"
+    print(f"{PACKAGE} {version} in {found['package']}: {found['active']}{hint}")
     for file in found["files"]:  # type: ignore[attr-defined]
         print(f"  {file['state']:12} {file['sha256'][:12]}  {file['name']}")
 
@@ -257,23 +324,39 @@ def _parse(arguments: Optional[List[str]]) -> argparse.Namespace:
     where.add_argument("--python", metavar="FILE", help="an interpreter (default: this one)")
     where.add_argument("--package", metavar="DIR", help=f"the folder {PACKAGE} itself")
     parser.add_argument("--library", metavar="FILE", help="our libtms_preload.so")
+    parser.add_argument(
+        "--force", action="store_true", help=f"install into another version than {SUPPORTED}"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.package:
-        package = Path(options.package).resolve()
-    elif options.env:
-        package = package_folder(_environment_python(options.env))
+        place = Path(options.package).resolve()
+        where = f"in {place}"
+        package = place if (place / "__init__.py").is_file() else None
+        folders = [place.parent]
     else:
-        package = package_folder(options.python or sys.executable)
-    message = None
+        python = options.python or sys.executable
+        if options.env:
+            python = _environment_python(options.env)
+        where = f"for {python}"
+        package, folders = _probe(python)
+    if package is None:
+        leftovers = leftover_folders(folders)
+        if options.action != "restore" or not leftovers:
+            raise _not_installed(where, leftovers)
+        removed = "; ".join(remove_leftovers(folder) for folder in leftovers)
+        state = {"message": removed, "package": None, "active": None, "files": []}
+        print(json.dumps(state) if options.json else removed)
+        return
+    message: Optional[str] = None
     if options.action == "install":
         if options.library and not Path(options.library).is_file():
             raise DropinError(f"{options.library} is not a file")
         library = Path(options.library or _library.find(_library.PRELOAD)).resolve()
-        message = install(package, library)
+        message = install(package, library, options.force)
     elif options.action == "restore":
         message = restore(package)
     found = status(package)

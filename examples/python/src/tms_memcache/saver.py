@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Tuple, Type, TypeVar
+from typing import Iterator, List, Optional, Set, Tuple, Type, TypeVar
 
 from . import _library as c
 from ._errors import TmsError, name_of
@@ -14,6 +15,8 @@ from ._errors import TmsError, name_of
 _MAX_FAILURES = 256
 _TIMEOUT = -11
 _FOREVER_MS = 1 << 40
+_SLICE_MS = 500
+_UINT32_MAX = 2**32 - 1
 
 Record = TypeVar("Record", bound=ctypes.Structure)
 
@@ -136,7 +139,10 @@ def device_info(device: int = 0) -> Device:
 
 
 def shutdown() -> None:
-    """Stops the library's threads. What is allocated stays until the process ends."""
+    """Frees the default saver with all its allocations and stops its threads.
+
+    Their addresses are invalid afterwards. Raises ``BUSY`` while an operation runs.
+    """
     c.check(c.load().tms_shutdown())
 
 
@@ -186,8 +192,10 @@ def region(
     c.check(library.tms_region_push(ctypes.byref(options)))
     try:
         yield
-    finally:
-        c.check(library.tms_region_pop())
+    except BaseException:
+        library.tms_region_pop()
+        raise
+    c.check(library.tms_region_pop())
 
 
 def _tags(options: ctypes.Structure, tags: Tuple[str, ...]) -> None:
@@ -208,6 +216,8 @@ def _pause_options(
 
 
 def _resume_options(tags: Tuple[str, ...], wait_ms: int) -> c.ResumeOptions:
+    if not 0 <= wait_ms <= _UINT32_MAX:
+        raise ValueError(f"wait_ms must be 0 to {_UINT32_MAX}, and is {wait_ms}")
     options = _record(c.ResumeOptions)
     options.wait_ms = wait_ms
     _tags(options, tags)
@@ -240,22 +250,43 @@ class _ResultRecord:
         )
 
 
+class _OperationHandle:
+    """A native operation. Its :class:`Operation` and, until it has ended, its saver keep it."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def done(self) -> bool:
+        done = ctypes.c_int32()
+        c.check(c.load().tms_op_poll(self.value, ctypes.byref(done)))
+        return done.value != 0
+
+    def finish(self) -> None:
+        """Waits for the end, in slices, so that Python's signal handlers run."""
+        while c.load().tms_op_wait(self.value, _SLICE_MS) == _TIMEOUT:
+            pass
+
+    def __del__(self) -> None:
+        c.load().tms_op_free(self.value)
+
+
 class Operation:
     """A pause or resume that runs on the library's threads."""
 
-    def __init__(self, handle: int) -> None:
-        self._handle: Optional[int] = handle
+    def __init__(self, handle: _OperationHandle, running: Set[_OperationHandle]) -> None:
+        self._handle: Optional[_OperationHandle] = handle
+        self._running = running
 
     def _live(self) -> int:
         if self._handle is None:
             raise ValueError("the operation is closed")
-        return self._handle
+        return self._handle.value
 
     @property
     def done(self) -> bool:
-        done = ctypes.c_int32()
-        c.check(c.load().tms_op_poll(self._live(), ctypes.byref(done)))
-        return done.value != 0
+        if self._handle is None:
+            raise ValueError("the operation is closed")
+        return self._handle.done()
 
     @property
     def progress(self) -> Tuple[int, int]:
@@ -290,10 +321,10 @@ class Operation:
         return descriptor.value
 
     def close(self) -> None:
-        """Forgets the operation; a running one is finished first by the library."""
+        """Forgets the operation; a running one goes on to its end."""
         handle, self._handle = self._handle, None
-        if handle is not None:
-            c.check(c.load().tms_op_free(handle))
+        if handle is not None and handle.done():
+            self._running.discard(handle)
 
     def __enter__(self) -> "Operation":
         return self
@@ -301,22 +332,19 @@ class Operation:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        handle, self._handle = getattr(self, "_handle", None), None
-        if handle is not None:
-            c.load().tms_op_free(handle)
-
 
 class Saver:
     """Allocates memory that can be paused. Usable from many threads at once.
 
     ``device`` is ``"host"``, ``"cuda"`` or ``"auto"``; ``None`` does as ``TMS_DEVICE`` says. Memory
     of a saver goes with it: on :meth:`close`, at the end of a ``with`` block, or with the object.
+    Each of them waits for the saver's running operations.
     """
 
     def __init__(self, device: Optional[str] = None) -> None:
         self._handle: Optional[int] = None
         self._owned = True
+        self._running: Set[_OperationHandle] = set()
         options = _record(c.SaverOptions)
         options.device = c.encode(device)
         out = ctypes.c_void_p()
@@ -331,12 +359,22 @@ class Saver:
         saver = cls.__new__(cls)
         saver._handle = out.value
         saver._owned = False
+        saver._running = set()
         return saver
 
     def _live(self) -> int:
         if self._handle is None:
             raise ValueError("the saver is closed")
         return self._handle
+
+    def _operation(self, value: Optional[int]) -> Operation:
+        """Remembers a new operation, because the saver cannot be freed while it runs."""
+        for earlier in tuple(self._running):
+            if earlier.done():
+                self._running.discard(earlier)
+        handle = _OperationHandle(value or 0)
+        self._running.add(handle)
+        return Operation(handle, self._running)
 
     def malloc(
         self,
@@ -408,7 +446,7 @@ class Saver:
         c.check(
             c.load().tms_saver_pause_async(self._live(), ctypes.byref(options), ctypes.byref(out))
         )
-        return Operation(out.value or 0)
+        return self._operation(out.value)
 
     def resume_async(self, *tags: str, wait_ms: int = 0) -> Operation:
         """Like :meth:`resume`, and returns at once."""
@@ -417,7 +455,7 @@ class Saver:
         c.check(
             c.load().tms_saver_resume_async(self._live(), ctypes.byref(options), ctypes.byref(out))
         )
-        return Operation(out.value or 0)
+        return self._operation(out.value)
 
     def stats(self) -> List[Stats]:
         """One entry for each tag and device that has allocations."""
@@ -481,20 +519,39 @@ class Saver:
         return descriptor.value, size.value
 
     def close(self) -> None:
-        """Frees every allocation of the saver. The default saver only forgets its handle."""
+        """Waits for running operations, then frees every allocation of the saver.
+
+        The default saver only forgets its handle. Raises ``BUSY``, and frees nothing, while
+        another thread is inside :meth:`pause` or :meth:`resume`.
+        """
         if self._handle is None:
             return
         if self._owned:
+            self._finish()
             c.check(c.load().tms_saver_free(self._handle))
         self._handle = None
+
+    def _finish(self) -> None:
+        for operation in tuple(self._running):
+            operation.finish()
+            self._running.discard(operation)
 
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        try:
+            self.close()
+        except TmsError:
+            # The exception of the block says more.
+            if kind is None:
+                raise
 
     def __del__(self) -> None:
         handle, self._handle = getattr(self, "_handle", None), None
-        if handle is not None and self._owned:
-            c.load().tms_saver_free(handle)
+        if handle is None or not self._owned:
+            return
+        # The end of the process gives everything back, and must not wait for memory.
+        if not sys.is_finalizing():
+            self._finish()
+        c.load().tms_saver_free(handle)
