@@ -36,8 +36,8 @@ CHILD_TIMEOUT_S = 150
 #: Further processes for each file in which "none" is measured, by turns.
 ROUNDS = 4
 
-#: Between a pause and its resume, where bytes are copied. The driver clears released memory in the background (17 ms for
-#: 10.7 GB on an H200), which slows copies to whoever resumes at once.
+#: Between a pause and its resume, where bytes are copied. The driver clears released memory in the
+#: background (17 ms for 10.7 GB on an H200), which slows copies to whoever resumes at once.
 IDLE_S = 0.3
 
 #: Case: region options, cycles before the timing, timed cycles.

@@ -348,8 +348,8 @@ def _run(options: argparse.Namespace) -> None:
         if options.action != "restore" or not leftovers:
             raise _not_installed(where, leftovers)
         removed = "; ".join(remove_leftovers(folder) for folder in leftovers)
-        state = {"message": removed, "package": None, "active": None, "files": []}
-        print(json.dumps(state) if options.json else removed)
+        gone = {"message": removed, "package": None, "active": None}
+        print(json.dumps({**gone, "files": []}) if options.json else removed)
         return
     message: Optional[str] = None
     if options.action == "install":
