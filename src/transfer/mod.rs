@@ -4,6 +4,7 @@
 //! what a span means, and when it may be copied, is decided above.
 
 pub mod arena;
+mod chunk;
 mod limits;
 pub(crate) use limits::headroom;
 pub mod staging;

@@ -13,7 +13,7 @@ use crate::error::{Error, Result, ResultExt};
 /// Bytes that move at once: large enough for the full speed of the bus.
 pub const PIECE: usize = 8 << 20;
 
-const SLOTS: usize = super::arena::SLICE / PIECE;
+const SLOTS: usize = super::chunk::SLICE / PIECE;
 
 /// Where bytes go that leave a device. Called from several threads, in any order.
 pub trait Sink: Send + Sync {
