@@ -66,7 +66,7 @@ pub struct Engine {
     platform: Arc<dyn Platform>,
     workers: Arc<Workers>,
     arena: Arena,
-    /// Streams by ordinal; the lock is held while one is created.
+    /// Streams by ordinal; never held across a device call.
     streams: Mutex<Vec<Option<Arc<Streams>>>>,
     ring: Mutex<Option<Arc<staging::Ring>>>,
     /// Memory that a device may still use, because it could not be asked whether it is done.
@@ -133,14 +133,21 @@ impl Engine {
     /// The streams of a device, created on the first call.
     pub fn streams(&self, device: &Arc<dyn Device>) -> Result<Arc<Streams>> {
         let index = device.info().ordinal as usize;
+        let known = |streams: &[Option<Arc<Streams>>]| streams.get(index).cloned().flatten();
+        if let Some(existing) = known(&lock(&self.streams)) {
+            return Ok(existing);
+        }
+        // Not under the lock, which malloc takes. Of two threads that come here at once, one gives
+        // its streams back.
+        let created = Arc::new(Streams::new(Arc::clone(device))?);
         let mut streams = lock(&self.streams);
+        if let Some(existing) = known(&streams) {
+            drop(streams);
+            return Ok(existing);
+        }
         if streams.len() <= index {
             streams.resize(index + 1, None);
         }
-        if let Some(existing) = &streams[index] {
-            return Ok(Arc::clone(existing));
-        }
-        let created = Arc::new(Streams::new(Arc::clone(device))?);
         streams[index] = Some(Arc::clone(&created));
         Ok(created)
     }
