@@ -6,6 +6,7 @@
 //! pass the suite in `c_tests/device_conformance.rs`.
 
 pub mod cuda;
+pub mod fingerprint;
 pub mod host;
 
 use std::fmt;
@@ -21,9 +22,18 @@ pub type Address = u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Physical(pub u64);
 
-/// A queue of work of one device, created by [`Device::stream_create`].
+/// A queue of work of one device, created by [`Device::stream_create`] or given by the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stream(pub u64);
+
+impl Stream {
+    /// A stream of the host: a `CUstream` (0 or 1 for the legacy stream, 2 for the thread's own).
+    /// Work of the library that nobody asked to be there never goes to the default streams.
+    pub fn of_host(handle: u64) -> Stream {
+        // 0 stays the name of no stream.
+        Stream(if handle == 0 { 1 } else { handle })
+    }
+}
 
 /// A mark in a stream, created by [`Device::event_create`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +94,53 @@ pub enum Direction {
     ToHost,
     ToDevice,
     OnDevice,
+}
+
+/// One piece of a scattered copy; the layout is what copy kernels read.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub destination: u64,
+    pub source: u64,
+    pub bytes: u64,
+}
+
+/// A copy of `height` rows of `width` bytes each, which begin `pitch` bytes apart on either side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pitched {
+    pub destination: u64,
+    pub destination_pitch: u64,
+    pub source: u64,
+    pub source_pitch: u64,
+    pub width: u64,
+    pub height: u64,
+}
+
+/// What kind of memory an address belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Host memory that no device can reach by itself.
+    Pageable,
+    /// Host memory that every device of the platform can reach: allocated by the driver or
+    /// registered with it.
+    Pinned,
+    /// Memory that the driver moves between host and device.
+    Managed,
+    /// Memory of the device with this ordinal.
+    Device(u32),
+}
+
+/// What is known of the memory around an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRange {
+    pub place: Place,
+    /// The first address of which the same is known; for pageable memory, the address asked for.
+    pub start: u64,
+    /// Bytes from `start`; 0 where it is not known, which is always so for pageable memory.
+    pub bytes: u64,
+    /// Another one after the memory was freed and allocated anew at the same address; 0 where the
+    /// platform does not tell.
+    pub id: u64,
 }
 
 /// One device.
@@ -166,6 +223,104 @@ pub trait Device: Send + Sync + fmt::Debug {
         stream: Stream,
     ) -> Result<()>;
 
+    /// Whether [`Self::copy_pieces`] and [`Self::fingerprint`] work.
+    fn has_kernels(&self) -> bool {
+        false
+    }
+
+    /// Whether [`Self::copy_batch`] works.
+    fn has_batch(&self) -> bool {
+        false
+    }
+
+    /// Queues all pieces as one kernel. Any sizes and alignments; no piece may overlap another
+    /// piece's destination. `list` is pinned memory and stays unchanged until the stream has passed
+    /// the copy. `blocks` bounds the thread blocks of the kernel.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`], for each piece; both sides are memory that this device can reach
+    /// (its own, a peer's to which it has access, or pinned), and so is the list.
+    unsafe fn copy_pieces(
+        &self,
+        _list: *const Piece,
+        _count: u32,
+        _blocks: u32,
+        _stream: Stream,
+    ) -> Result<()> {
+        Err(unsupported("copy kernels"))
+    }
+
+    /// Queues all pieces by one call of the driver.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`], for each piece.
+    unsafe fn copy_batch(
+        &self,
+        _pieces: &[Piece],
+        _direction: Direction,
+        _stream: Stream,
+    ) -> Result<()> {
+        Err(unsupported("batched copies"))
+    }
+
+    /// Queues a pitched copy.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`], for each row.
+    unsafe fn copy_pitched(
+        &self,
+        copy: &Pitched,
+        direction: Direction,
+        stream: Stream,
+    ) -> Result<()> {
+        for row in 0..copy.height {
+            // SAFETY: by this function's contract.
+            unsafe {
+                self.copy(
+                    copy.destination + row * copy.destination_pitch,
+                    copy.source + row * copy.source_pitch,
+                    copy.width,
+                    direction,
+                    stream,
+                )
+            }?;
+        }
+        Ok(())
+    }
+
+    /// Queues a copy from this device's memory to that of the device `peer`, on a stream of this
+    /// one. [`ErrorKind::Unsupported`] where the two cannot reach each other.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`].
+    unsafe fn copy_to_peer(
+        &self,
+        _destination: u64,
+        _peer: u32,
+        _source: u64,
+        _bytes: u64,
+        _stream: Stream,
+    ) -> Result<()> {
+        Err(unsupported("copies between devices"))
+    }
+
+    /// Queues the keyed fingerprints of blocks of this device's memory, see
+    /// [`fingerprint::Key`]. `blocks` and `prints` are pinned memory with `count` entries; both
+    /// stay valid, and the first unchanged, until the stream has passed the work.
+    ///
+    /// # Safety
+    /// As above, and every block is readable device memory.
+    unsafe fn fingerprint(
+        &self,
+        _key: &fingerprint::Key,
+        _blocks: *const fingerprint::Block,
+        _prints: *mut fingerprint::Print,
+        _count: u32,
+        _stream: Stream,
+    ) -> Result<()> {
+        Err(unsupported("fingerprints"))
+    }
+
     /// Queues setting `bytes` device bytes to `value`.
     fn fill(&self, address: Address, value: u8, bytes: u64, stream: Stream) -> Result<()>;
 
@@ -232,6 +387,18 @@ pub trait Platform: Send + Sync + fmt::Debug {
 
     /// Ordinal of the calling thread's current device, 0 if it has none.
     fn current_device(&self) -> u32;
+
+    /// What kind of memory `address` belongs to. Any address may be asked for; it is not read.
+    fn classify(&self, _address: u64) -> Result<MemoryRange> {
+        Err(unsupported("classification of addresses"))
+    }
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("not possible on this device: {what}"),
+    )
 }
 
 /// Opens what `TMS_DEVICE` asks for: `auto` (CUDA if a driver and a device answer, else host),

@@ -1,7 +1,8 @@
 //! Streams, events, and the work queued on them.
 //!
-//! All streams are non-blocking and made here. The legacy stream orders the work of the whole
-//! context behind it and breaks captures, so it is refused.
+//! Streams of the library are non-blocking and made here. The legacy stream orders the work of the
+//! whole context behind it and breaks captures: it is used only where the host names it, see
+//! [`Stream::of_host`].
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
@@ -13,15 +14,9 @@ use super::code::{CAPTURE_IMPLICIT, NOT_READY, SUCCESS};
 use super::context::Current;
 use crate::error::{Error, Result};
 
-/// The driver's legacy stream is 0 or 1, each thread's own default stream 2.
-const LAST_SPECIAL: u64 = 2;
-
 fn handle(stream: Stream) -> Result<CUstream> {
-    if stream.0 <= LAST_SPECIAL {
-        return Err(Error::invalid(
-            "stream",
-            format_args!("{} is a default stream, not one of the library", stream.0),
-        ));
+    if stream.0 == 0 {
+        return Err(Error::invalid("stream", "0 is not a stream"));
     }
     Ok(ptr::with_exposed_provenance_mut(stream.0 as usize))
 }
@@ -180,11 +175,10 @@ mod tests {
     use crate::error::ErrorKind;
 
     #[test]
-    fn default_streams_are_refused() {
-        for stream in [0, 1, 2] {
-            let error = handle(Stream(stream)).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        }
+    fn the_legacy_stream_is_never_used_by_mistake() {
+        let error = handle(Stream(0)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert_eq!(handle(Stream::of_host(0)).unwrap().addr(), 1);
         assert_eq!(handle(Stream(0x1000)).unwrap().addr(), 0x1000);
     }
 }
