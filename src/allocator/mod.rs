@@ -6,6 +6,10 @@
 //! across device work; the lock of operations is held by one pause or resume at a time and never by
 //! `malloc` or `free`.
 
+mod addresses;
+mod backing;
+mod commit;
+mod held;
 mod op;
 mod options;
 mod outcome;
@@ -13,15 +17,18 @@ mod pause;
 pub mod region;
 mod residue;
 mod resume;
+mod spans;
 pub mod table;
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::backup::{BackupBackend, Discard, Ticket};
-use crate::device::{self, Address, CreateOptions, Device, Physical, Platform, round_up};
+use crate::device::{
+    self, Address, CreateOptions, Device, Direction, Physical, Platform, round_up,
+};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::process;
 use crate::transfer::{ArenaUse, Engine};
@@ -32,18 +39,37 @@ pub use outcome::{AllocationInfo, Failure, Outcome, Summary, TagStats};
 pub use region::Region;
 pub use table::State;
 
+use addresses::{Addresses, Class};
+use held::Held;
 use residue::Residue;
-use table::{Freed, Record, Table};
+use spans::{Span, SpanId};
+use table::{Freed, Record};
+
+/// Where the physical memory of an allocation comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backing {
+    /// A handle of its own.
+    Own(Physical),
+    /// Part of a handle that spans several.
+    Shared(SpanId),
+}
 
 /// What belongs to one allocation besides its place and state.
 #[derive(Clone)]
 struct Allocation {
     device: Arc<dyn Device>,
     region: Arc<Region>,
-    physical: Option<Physical>,
+    /// There while it is active, and where a span goes on having the memory of a paused one.
+    backing: Option<Backing>,
     stored: Option<Stored>,
     /// Descriptors handed out, or about to be: others may hold the memory.
     exports: u32,
+}
+
+impl Allocation {
+    fn class(&self) -> Class {
+        (self.device.info().ordinal, Arc::clone(&self.region))
+    }
 }
 
 /// A backup and where it is.
@@ -59,21 +85,23 @@ impl Stored {
     fn discard(self, why: Discard) {
         self.backend.discard(self.ticket, why);
     }
-}
 
-#[derive(Default)]
-struct Held {
-    table: Table<Allocation>,
-    /// Device memory and addresses whose release failed or had to be put off.
-    residues: Vec<Residue>,
-    margins: BTreeMap<u32, u64>,
-    margin_of_all: u64,
+    /// Whether this backup lies in the place that the allocation had before.
+    fn is_place_of(&self, allocation: &Allocation) -> bool {
+        allocation
+            .stored
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(&before.ticket, &self.ticket))
+    }
 }
 
 struct Inner {
     engine: Engine,
     /// Protects the book-keeping; never held across a device call.
     held: Mutex<Held>,
+    /// Signalled when a hole of a span was cleared.
+    cleared: Condvar,
+    addresses: Addresses,
     /// Serialises pause and resume; taken before `held`, never by malloc or free.
     turn: Mutex<()>,
     service: op::Service,
@@ -96,26 +124,32 @@ impl Drop for Inner {
         if process::check().is_err() {
             return;
         }
+        let platform = self.engine.platform();
         let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let mut residues = std::mem::take(&mut held.residues);
+        // Memory before the addresses of those that are part of it.
+        let mut residues: Vec<Residue> = held
+            .spans
+            .drain()
+            .map(|span| Saver::residue_of(platform, span))
+            .collect();
+        residues.append(&mut held.residues);
         for (address, record) in held.table.drain() {
-            let mut residue =
-                Residue::reserved(Arc::clone(&record.payload.device), address, record.bytes);
-            residue.physical = record.payload.physical;
-            residue.mapped = record.payload.physical.is_some();
-            residue.unsettled = residue.mapped;
-            residue.peers = Saver::peers_in_use(
-                self.engine.platform(),
-                &record.payload.device,
-                &record.payload.region,
-            );
-            if let Some(stored) = record.payload.stored {
+            let allocation = record.payload;
+            let device = Arc::clone(&allocation.device);
+            let mut residue = Residue::of(device, address, record.bytes).with_addresses();
+            if let Some(Backing::Own(physical)) = allocation.backing {
+                residue = residue.with_memory(physical);
+                residue.unsettled = true;
+                residue.peers =
+                    Saver::peers_in_use(platform, &allocation.device, &allocation.region);
+            }
+            if let Some(stored) = allocation.stored {
                 stored.discard(Discard::Freed);
             }
             residues.push(residue);
         }
         for mut residue in residues {
-            residue.clear();
+            residue.clear(&self.addresses);
         }
     }
 }
@@ -136,6 +170,8 @@ impl Saver {
             inner: Arc::new(Inner {
                 engine: Engine::new(platform)?,
                 held: Mutex::default(),
+                cleared: Condvar::new(),
+                addresses: Addresses::default(),
                 turn: Mutex::default(),
                 service: op::Service::default(),
             }),
@@ -184,6 +220,21 @@ impl Saver {
     /// Pinned host memory of this saver.
     pub fn arena_use(&self) -> ArenaUse {
         self.inner.engine.arena().usage()
+    }
+
+    /// Device memory and addresses that belong to no allocation: bytes that span freed ones or whose
+    /// release failed, and bytes reserved.
+    pub fn overhead(&self) -> (u64, u64) {
+        let held = self.held();
+        let spans: u64 = held.spans.iter().map(Span::held_bytes).sum();
+        let residues = held.residues.iter();
+        let residues: u64 = residues
+            .filter(|residue| residue.physical.is_some())
+            .map(|residue| residue.bytes)
+            .sum();
+        let used: u64 = held.table.iter().map(|(_, record)| record.bytes).sum();
+        let reserved = self.inner.addresses.reserved_bytes();
+        (spans + residues, reserved.saturating_sub(used))
     }
 
     /// Whether `pointer` lies in pinned memory of this saver.
@@ -237,32 +288,42 @@ impl Saver {
                 "memory of this device cannot be exported",
             ));
         }
-        let outcome = self.allocate(&device, rounded, region);
-        let (address, physical) = match outcome {
-            Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory && self.has_residues() => {
-                // Our own left-overs are the only cache there is to empty. What must be waited for
-                // stays: this thread may be capturing.
-                self.drain_residues(|residue| !residue.unsettled);
-                self.allocate(&device, rounded, region)?
-            }
-            other => other?,
-        };
-        region::count_allocation();
-        let record = Record {
+        let class = (ordinal, Arc::new(region.clone()));
+        let record = |backing| Record {
             bytes: rounded,
             requested: bytes,
             tag: Arc::clone(&region.tag),
             state: State::Active,
             freed: false,
             payload: Allocation {
-                device,
-                region: Arc::new(region.clone()),
-                physical: Some(physical),
+                device: Arc::clone(&device),
+                region: Arc::clone(&class.1),
+                backing: Some(backing),
                 stored: None,
                 exports: 0,
             },
         };
-        self.held().table.insert(address, record);
+        // In one step, so that a pause sees the hole or the allocation.
+        if let Some(address) = self
+            .held()
+            .fill_hole(&class, rounded, |span| record(Backing::Shared(span)))
+        {
+            region::count_allocation();
+            return Ok(address);
+        }
+        let (address, physical) = match self.allocate(&device, rounded, &class) {
+            Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory && self.has_residues() => {
+                // Our own left-overs are the only cache there is to empty. What must be waited for
+                // stays: this thread may be capturing.
+                self.drain_residues(|residue| !residue.unsettled);
+                self.allocate(&device, rounded, &class)?
+            }
+            other => other?,
+        };
+        region::count_allocation();
+        self.held()
+            .table
+            .insert(address, record(Backing::Own(physical)));
         Ok(address)
     }
 
@@ -270,29 +331,12 @@ impl Saver {
         &self,
         device: &Arc<dyn Device>,
         bytes: u64,
-        region: &Region,
+        class: &Class,
     ) -> Result<(Address, Physical)> {
-        let ordinal = device.info().ordinal;
-        let margin = {
-            let held = self.held();
-            held.margins
-                .get(&ordinal)
-                .copied()
-                .unwrap_or(held.margin_of_all)
-        };
-        if margin > 0 {
-            let free = device.memory()?.free;
-            if free < bytes.saturating_add(margin) {
-                return Err(Error::new(
-                    ErrorKind::OutOfDeviceMemory,
-                    format!(
-                        "{bytes} bytes on device {ordinal}: {free} are free and {margin} must stay free"
-                    ),
-                ));
-            }
-        }
-        let address = device.reserve(bytes)?;
-        let mut residue = Residue::reserved(Arc::clone(device), address, bytes);
+        let (ordinal, region) = class;
+        self.check_margin(device, bytes)?;
+        let address = self.inner.addresses.take(device, class, bytes)?;
+        let mut residue = Residue::of(Arc::clone(device), address, bytes).with_addresses();
         let made = Self::back(device, address, bytes, region, &mut residue);
         match made {
             Ok(physical) => Ok((address, physical)),
@@ -304,6 +348,31 @@ impl Saver {
                 )))
             }
         }
+    }
+
+    /// Refuses `bytes` more if less than the margin would stay free.
+    fn check_margin(&self, device: &Arc<dyn Device>, bytes: u64) -> Result<()> {
+        let ordinal = device.info().ordinal;
+        let margin = {
+            let held = self.held();
+            held.margins
+                .get(&ordinal)
+                .copied()
+                .unwrap_or(held.margin_of_all)
+        };
+        if margin == 0 {
+            return Ok(());
+        }
+        let free = device.memory()?.free;
+        if free >= bytes.saturating_add(margin) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::OutOfDeviceMemory,
+            format!(
+                "{bytes} bytes on device {ordinal}: {free} are free and {margin} must stay free"
+            ),
+        ))
     }
 
     /// Creates, maps and opens physical memory, noting every step in `residue`.
@@ -356,7 +425,7 @@ impl Saver {
     /// Like [`Self::free`]. While `stream` is being captured, the release is put off.
     pub fn free_on_stream(&self, address: Address, stream: Option<u64>) -> Result<()> {
         process::check()?;
-        let freed = self.held().table.free(address);
+        let freed = self.held().free(address);
         match freed {
             Freed::Unknown => Err(Error::new(
                 ErrorKind::NotFound,
@@ -380,12 +449,15 @@ impl Saver {
 
     /// Gives back everything of an allocation that is out of the table.
     fn give_back(&self, address: Address, record: Record<Allocation>, stream: Option<u64>) {
-        let bytes = record.bytes;
         let allocation = record.payload;
-        let mut residue = Residue::reserved(Arc::clone(&allocation.device), address, bytes);
-        residue.physical = allocation.physical;
-        residue.mapped = allocation.physical.is_some();
-        if residue.mapped {
+        let device = Arc::clone(&allocation.device);
+        let mut residue = Residue::of(device, address, record.bytes).with_addresses();
+        match allocation.backing {
+            Some(Backing::Own(physical)) => residue = residue.with_memory(physical),
+            Some(Backing::Shared(span)) => residue.part_of = Some(span),
+            None => {}
+        }
+        if allocation.backing.is_some() {
             let device = &allocation.device;
             residue.unsettled = true;
             residue.peers = Self::peers_in_use(self.platform(), device, &allocation.region);
@@ -407,10 +479,78 @@ impl Saver {
         }
     }
 
+    /// What is left of a span that is out of the table.
+    fn residue_of(platform: &Arc<dyn Platform>, span: Span) -> Residue {
+        let mut residue =
+            Residue::of(Arc::clone(&span.device), span.base, span.bytes).with_memory(span.physical);
+        residue.unsettled = true;
+        residue.peers = Self::peers_in_use(platform, &span.device, &span.class.1);
+        residue.addresses.extend(span.unowned());
+        residue
+    }
+
+    /// The range of a freed allocation, on which no device works any more, becomes a hole of its
+    /// span. With the last allocation the span goes.
+    fn leave_span(&self, residue: &mut Residue, id: SpanId) {
+        let clears = self.held().begin_clearing(id);
+        // What others wrote must not be seen by whoever gets the range next.
+        let cleared = clears && self.fill_with_zeros(residue);
+        let empty = {
+            let mut held = self.held();
+            if clears {
+                held.end_clearing(id);
+                self.inner.cleared.notify_all();
+            }
+            if held.add_hole(id, residue.address, residue.bytes, cleared) {
+                // The addresses are the span's now.
+                residue.addresses.clear();
+            }
+            held.take_empty_span(id)
+        };
+        if let Some(span) = empty {
+            self.clear_or_keep(Self::residue_of(self.platform(), span));
+        }
+        for (address, bytes) in residue.addresses.drain(..) {
+            self.inner.addresses.give(address, bytes);
+        }
+    }
+
+    fn fill_with_zeros(&self, residue: &Residue) -> bool {
+        let device = &residue.device;
+        let filled = self.inner.engine.streams(device).and_then(|streams| {
+            let stream = streams.of(Direction::ToDevice);
+            device.fill(residue.address, 0, residue.bytes, stream)?;
+            device.stream_synchronize(stream)
+        });
+        filled
+            .inspect_err(|error| {
+                tracing::warn!(
+                    "{} bytes at {:#x} are not used again before the next pause: {error}",
+                    residue.bytes,
+                    residue.address
+                );
+            })
+            .is_ok()
+    }
+
+    /// Gives up one residue; false if some of it is left.
+    fn discharge(&self, residue: &mut Residue) -> bool {
+        if !residue.settle() {
+            return false;
+        }
+        match residue.part_of.take() {
+            Some(span) => {
+                self.leave_span(residue, span);
+                true
+            }
+            None => residue.clear(&self.inner.addresses),
+        }
+    }
+
     /// Clears a residue now, or keeps it for the next call.
     fn clear_or_keep(&self, mut residue: Residue) {
         self.pass_addresses_on(&mut residue);
-        if !residue.clear() {
+        if !self.discharge(&mut residue) {
             self.held().residues.push(residue);
         }
     }
@@ -422,18 +562,18 @@ impl Saver {
         self.held().residues.push(residue);
     }
 
-    /// An earlier failure may have left something mapped at the same address; the addresses can
-    /// only go after it.
+    /// An earlier failure may have left something mapped there; the addresses can only go after it.
     fn pass_addresses_on(&self, residue: &mut Residue) {
+        if residue.part_of.is_some() || residue.addresses.is_empty() {
+            return;
+        }
         let mut held = self.held();
-        if residue.unreserve
-            && let Some(earlier) = held
-                .residues
-                .iter_mut()
-                .find(|earlier| earlier.address == residue.address)
+        if let Some(earlier) = held
+            .residues
+            .iter_mut()
+            .find(|earlier| earlier.contains(residue.address))
         {
-            earlier.unreserve = true;
-            residue.unreserve = false;
+            earlier.addresses.append(&mut residue.addresses);
         }
     }
 
@@ -445,10 +585,11 @@ impl Saver {
     fn drain_residues(&self, wanted: impl Fn(&Residue) -> bool) {
         let residues = std::mem::take(&mut self.held().residues);
         for mut residue in residues {
-            if !wanted(&residue) || !residue.clear() {
+            if !wanted(&residue) || !self.discharge(&mut residue) {
                 self.held().residues.push(residue);
             }
         }
+        self.inner.addresses.give_up_unused();
     }
 
     /// Host memory with the backup of `bytes` bytes at `pointer`, if there is a complete one.
@@ -500,6 +641,7 @@ impl Saver {
                     paused_count: 0,
                     paused_bytes: 0,
                     backed_bytes: 0,
+                    held_bytes: held.held_bytes(&record.tag, device),
                 });
             match record.state {
                 State::Active | State::Pausing => {
@@ -537,8 +679,9 @@ impl Saver {
                     format!("{base:#x} was not allocated in an exportable region"),
                 ));
             }
-            let physical = match (record.state, allocation.physical) {
-                (State::Active, Some(physical)) => physical,
+            let physical = match (record.state, allocation.backing) {
+                (State::Active, Some(Backing::Own(physical))) => physical,
+                // Exportable allocations have handles of their own.
                 _ => return Err(not_active(base)),
             };
             let found = (base, record.bytes, Arc::clone(&allocation.device), physical);

@@ -87,6 +87,9 @@ pub struct TagStats {
     pub paused_bytes: u64,
     /// Bytes of complete backups, of paused and of active allocations.
     pub backed_bytes: u64,
+    /// Bytes of device memory that no allocation has and that stay until the next pause, or until
+    /// all of their neighbours are freed. Later allocations use them.
+    pub held_bytes: u64,
 }
 
 /// One allocation, as seen from outside.

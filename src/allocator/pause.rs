@@ -1,107 +1,35 @@
-//! Taking physical memory away: secure every backup, then, as one batch, unmap and release.
+//! Securing what must be kept before physical memory is taken away. What follows is the business of
+//! `commit`.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
+use super::held::Held;
 use super::table::State;
-use super::{
-    Allocation, Failure, Op, Outcome, PauseOptions, Residue, Saver, Stored, Summary, lock,
-};
+use super::{Allocation, Backing, Op, Outcome, PauseOptions, Saver, Stored, lock};
 use crate::backup::{self, BackupBackend, Discard, StoreItem};
 use crate::device::{Address, Device};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::process;
-use crate::transfer::{Control, Span, devices_of};
-
-/// Other processes take and give memory too, so a smaller shortfall says nothing.
-const SHORTFALL_NOISE: u64 = 32 << 20;
+use crate::transfer::{Control, Span};
 
 /// One allocation of a pause.
-struct Item {
-    address: Address,
-    bytes: u64,
-    allocation: Allocation,
+pub(super) struct Item {
+    pub address: Address,
+    pub bytes: u64,
+    pub allocation: Allocation,
     /// Where its contents go, `None` if they are dropped.
     backend: Option<Arc<dyn BackupBackend>>,
     /// The new backup.
-    stored: Option<Stored>,
+    pub stored: Option<Stored>,
 }
 
 impl Item {
-    fn span(&self) -> Span {
+    pub fn span(&self) -> Span {
         Span {
             device: Arc::clone(&self.allocation.device),
             address: self.address,
             bytes: self.bytes,
         }
-    }
-}
-
-/// One allocation after the commit point.
-struct Leaving {
-    item: Item,
-    /// Where it ends: paused once it is unmapped.
-    state: State,
-    /// Its physical memory.
-    residue: Residue,
-}
-
-impl Leaving {
-    fn new(item: Item) -> Leaving {
-        let device = Arc::clone(&item.allocation.device);
-        let mut residue = Residue::reserved(device, item.address, item.bytes);
-        residue.unreserve = false;
-        residue.physical = item.allocation.physical;
-        Leaving {
-            item,
-            state: State::Active,
-            residue,
-        }
-    }
-
-    fn is_on(&self, device: &dyn Device) -> bool {
-        self.residue.device.info().ordinal == device.info().ordinal
-    }
-
-    fn fails(&self, error: Error, summary: &mut Summary) {
-        summary.failures.push(Failure {
-            address: self.item.address,
-            bytes: self.item.bytes,
-            error,
-        });
-    }
-
-    fn unmap(&mut self, summary: &mut Summary) {
-        if self.item.stored.is_some() {
-            summary.copied_bytes += self.item.bytes;
-        }
-        match self
-            .residue
-            .device
-            .unmap(self.item.address, self.item.bytes)
-        {
-            Ok(()) => {
-                self.state = State::Paused;
-                summary.done_count += 1;
-                summary.done_bytes += self.item.bytes;
-            }
-            Err(error) => self.fails(error.context("stays active"), summary),
-        }
-    }
-
-    /// Bytes that were released.
-    fn release(&mut self, summary: &mut Summary) -> u64 {
-        if self.state != State::Paused {
-            return 0;
-        }
-        if self.residue.clear() {
-            return self.item.bytes;
-        }
-        let error = Error::new(
-            ErrorKind::Device,
-            "paused, but its memory could not be released yet; the next call tries again",
-        );
-        self.fails(error, summary);
-        0
     }
 }
 
@@ -157,7 +85,8 @@ impl Saver {
 
     fn select_active(&self, options: &PauseOptions) -> Result<(Vec<Item>, u64)> {
         self.check_pause(options)?;
-        let mut held = self.held();
+        let mut guard = self.held();
+        let held = &mut *guard;
         let selection = held.table.select(
             options.tags.as_deref(),
             State::Active,
@@ -185,6 +114,11 @@ impl Saver {
                 Some("none") => None,
                 Some(name) => Some(name),
             };
+            if let Some(Backing::Shared(id)) = record.payload.backing
+                && let Some(span) = held.spans.get_mut(id)
+            {
+                span.leaving = true;
+            }
             items.push(Item {
                 address,
                 bytes: record.bytes,
@@ -194,6 +128,14 @@ impl Saver {
                 stored: None,
             });
         }
+        // What is being cleared is written to: a moment, and nobody who clears waits for a pause.
+        let clearing = |held: &mut Held| held.spans.iter().any(|s| s.leaving && s.clearing > 0);
+        drop(
+            self.inner
+                .cleared
+                .wait_while(guard, clearing)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         Ok((items, selection.unchanged))
     }
 
@@ -215,7 +157,7 @@ impl Saver {
             for item in items.iter_mut() {
                 // A place from before belongs to the record, which keeps it.
                 if let Some(stored) = item.stored.take()
-                    && !is_place_of(&item.allocation, &stored)
+                    && !stored.is_place_of(&item.allocation)
                 {
                     stored.discard(Discard::Resumed);
                 }
@@ -305,107 +247,24 @@ impl Saver {
 
     /// Nothing was released: every allocation is active again.
     fn stay_active(&self, items: Vec<Item>) {
+        let mut spans = Vec::new();
         for item in items {
-            let freed = self.held().table.finish(item.address, State::Active);
+            let mut held = self.held();
+            if let Some(Backing::Shared(id)) = item.allocation.backing
+                && let Some(span) = held.spans.get_mut(id)
+            {
+                span.leaving = false;
+                spans.push(id);
+            }
+            let freed = held.finish(item.address, State::Active);
+            drop(held);
             if let Some(record) = freed {
                 self.give_back(item.address, record, None);
             }
         }
-    }
-
-    /// Unmaps everything, then releases everything: in turns the driver takes longer. From here
-    /// on it only goes forward.
-    fn commit(&self, items: Vec<Item>) -> Outcome {
-        let spans: Vec<Span> = items.iter().map(Item::span).collect();
-        let devices = devices_of(&spans);
-        let before = free_bytes(&devices);
-        let mut summary = Summary::default();
-        let mut leaving: Vec<Leaving> = items.into_iter().map(Leaving::new).collect();
-        for device in &devices {
-            device.together(&mut || {
-                for left in leaving.iter_mut().filter(|left| left.is_on(&**device)) {
-                    left.unmap(&mut summary);
-                }
-            });
-        }
-        let mut released = 0;
-        for device in &devices {
-            device.together(&mut || {
-                for left in leaving.iter_mut().filter(|left| left.is_on(&**device)) {
-                    released += left.release(&mut summary);
-                }
-            });
-        }
-        summary.shortfall_bytes = shortfall(&before, &free_bytes(&devices), released);
-        for left in leaving {
-            self.settle_paused(left);
-        }
-        Outcome::from_summary("pause", summary)
-    }
-
-    /// Writes the end of a pause into the table.
-    fn settle_paused(&self, left: Leaving) {
-        let Leaving {
-            item,
-            state,
-            residue,
-        } = left;
-        let mut held = self.held();
-        if residue.physical.is_some() && state == State::Paused {
-            held.residues.push(residue);
-        }
-        let mut outdated = None;
-        if let Some(record) = held.table.get_mut(item.address) {
-            let payload = &mut record.payload;
-            if state == State::Paused {
-                payload.physical = None;
-            }
-            outdated = match &item.stored {
-                Some(new) if is_place_of(payload, new) => None,
-                _ => payload.stored.take(),
-            };
-            // Without a backup the contents are gone, and with them every older copy.
-            payload.stored = item.stored;
-        }
-        let freed = held.table.finish(item.address, state);
-        drop(held);
-        if let Some(outdated) = outdated {
-            outdated.discard(Discard::Freed);
-        }
-        if let Some(record) = freed {
-            self.give_back(item.address, record, None);
+        spans.dedup();
+        for id in spans {
+            self.dissolve_if_empty(id);
         }
     }
-}
-
-/// Whether a backup lies in the place that the allocation had before.
-fn is_place_of(allocation: &Allocation, stored: &Stored) -> bool {
-    allocation
-        .stored
-        .as_ref()
-        .is_some_and(|before| Arc::ptr_eq(&before.ticket, &stored.ticket))
-}
-
-/// Free bytes of all devices together, `None` if one does not tell.
-fn free_bytes(devices: &[Arc<dyn Device>]) -> Option<u64> {
-    devices
-        .iter()
-        .map(|device| device.memory().ok().map(|memory| memory.free))
-        .sum()
-}
-
-/// Released bytes that did not become free.
-fn shortfall(before: &Option<u64>, after: &Option<u64>, released: u64) -> u64 {
-    let (Some(before), Some(after)) = (before, after) else {
-        return 0;
-    };
-    let missing = released.saturating_sub(after.saturating_sub(*before));
-    if missing <= SHORTFALL_NOISE {
-        return 0;
-    }
-    tracing::warn!(
-        "{missing} of {released} released bytes did not become free: held by another reference \
-         (exported, peer-mapped or registered memory), or taken by another process meanwhile"
-    );
-    missing
 }

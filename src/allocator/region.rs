@@ -16,7 +16,7 @@ pub const LONGEST_TAG: usize = 255;
 pub const DEFAULT_TAG: &str = "default";
 
 /// How allocations of a region are treated.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Region {
     pub(super) tag: Arc<str>,
     /// Name of a backup backend; `None` drops the contents at a pause.

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use super::addresses::Addresses;
+use super::spans::SpanId;
 use crate::device::{Address, Device, Physical};
 use crate::error::ErrorKind;
 
@@ -17,13 +19,16 @@ pub(super) struct Residue {
     pub unsettled: bool,
     pub mapped: bool,
     pub physical: Option<Physical>,
-    /// The addresses go too; false while an allocation still has them.
-    pub unreserve: bool,
+    /// The range is part of this span, which has the memory.
+    pub part_of: Option<SpanId>,
+    /// What goes back when nothing is mapped any more; addresses that an allocation still has are
+    /// not among them.
+    pub addresses: Vec<(Address, u64)>,
 }
 
 impl Residue {
-    /// Addresses without memory.
-    pub fn reserved(device: Arc<dyn Device>, address: Address, bytes: u64) -> Residue {
+    /// A range without memory, whose addresses stay with their allocations.
+    pub fn of(device: Arc<dyn Device>, address: Address, bytes: u64) -> Residue {
         Residue {
             device,
             peers: Vec::new(),
@@ -32,8 +37,26 @@ impl Residue {
             unsettled: false,
             mapped: false,
             physical: None,
-            unreserve: true,
+            part_of: None,
+            addresses: Vec::new(),
         }
+    }
+
+    /// The addresses of the range go too.
+    pub fn with_addresses(mut self) -> Residue {
+        self.addresses.push((self.address, self.bytes));
+        self
+    }
+
+    /// Memory that is mapped.
+    pub fn with_memory(mut self, physical: Physical) -> Residue {
+        self.mapped = true;
+        self.physical = Some(physical);
+        self
+    }
+
+    pub fn contains(&self, address: Address) -> bool {
+        self.mapped && address >= self.address && address - self.address < self.bytes
     }
 
     /// Waits for what may still work on the range; false if that failed.
@@ -53,7 +76,7 @@ impl Residue {
     }
 
     /// Gives back what is left; true when nothing is.
-    pub fn clear(&mut self) -> bool {
+    pub fn clear(&mut self, home: &Addresses) -> bool {
         if !self.settle() {
             return false;
         }
@@ -69,11 +92,8 @@ impl Residue {
                 Err(error) => return self.put_off(&error),
             }
         }
-        if self.unreserve {
-            match self.device.unreserve(self.address, self.bytes) {
-                Ok(()) => self.unreserve = false,
-                Err(error) => return self.put_off(&error),
-            }
+        for (address, bytes) in self.addresses.drain(..) {
+            home.give(address, bytes);
         }
         true
     }

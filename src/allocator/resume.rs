@@ -1,4 +1,4 @@
-//! Putting memory and contents back: create and map everything first, then copy.
+//! Putting memory and contents back: first all memory (see `backing`), then the contents.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -6,68 +6,34 @@ use std::time::{Duration, Instant};
 
 use super::table::State;
 use super::{
-    Allocation, Failure, Op, Outcome, Residue, ResumeOptions, Saver, Stored, Summary, lock, region,
+    Allocation, Backing, Failure, Op, Outcome, Residue, ResumeOptions, Saver, Stored, Summary,
+    lock, region,
 };
 use crate::backup::{self, Discard, LoadItem};
-use crate::device::{Address, CreateOptions};
+use crate::device::Address;
 use crate::error::{ErrorKind, Result};
 use crate::process;
-use crate::transfer::{Control, Span, devices_of};
+use crate::transfer::{Control, Span};
 
 /// First and longest pause between two looks at the free memory of a device.
 const SHORTEST_NAP: Duration = Duration::from_millis(1);
 const LONGEST_NAP: Duration = Duration::from_millis(50);
 
 /// One allocation of a resume.
-struct Item {
-    address: Address,
-    bytes: u64,
-    allocation: Allocation,
-    /// What was created and mapped for it so far.
-    residue: Residue,
+pub(super) struct Item {
+    pub address: Address,
+    pub bytes: u64,
+    pub allocation: Allocation,
     result: Result<()>,
 }
 
 impl Item {
-    fn span(&self) -> Span {
+    pub fn span(&self) -> Span {
         Span {
             device: Arc::clone(&self.allocation.device),
             address: self.address,
             bytes: self.bytes,
         }
-    }
-
-    fn create(&mut self, needed: u64) -> Result<()> {
-        let region = &self.allocation.region;
-        let options = CreateOptions {
-            exportable: region.exportable,
-        };
-        let device = &self.allocation.device;
-        let physical = device.create(self.bytes, options).map_err(|error| {
-            if error.kind() != ErrorKind::OutOfDeviceMemory {
-                return error;
-            }
-            let free = device.memory().map_or(0, |memory| memory.free);
-            error.context(format_args!(
-                "tag \"{}\" needs {needed} bytes in all, about {free} are free now ({} bytes short); \
-                 release memory or pause something else, then resume again",
-                region.tag(),
-                self.bytes.saturating_sub(free).max(1),
-            ))
-        })?;
-        self.residue.physical = Some(physical);
-        Ok(())
-    }
-
-    fn map(&mut self) -> Result<()> {
-        let device = &self.allocation.device;
-        let Some(physical) = self.residue.physical else {
-            return Ok(());
-        };
-        device.map(self.address, self.bytes, physical)?;
-        self.residue.mapped = true;
-        let peers = Saver::peers(device, &self.allocation.region);
-        device.set_access(self.address, self.bytes, peers)
     }
 }
 
@@ -150,14 +116,14 @@ impl Saver {
         self.inner.engine.drain_quarantine();
         self.drain_residues(|_| true);
         let (mut items, unchanged_count) = self.select_paused(options);
-        let mut outcome = match self.back_all(&mut items) {
+        let mut outcome = match self.back_all(&items) {
             Ok(()) => {
                 self.load_all(&mut items, control);
                 self.finish(items)
             }
             Err(error) => {
                 for item in items {
-                    self.stay_paused(item);
+                    self.stay_paused(item.address);
                 }
                 Outcome::failed(error.context("resume"))
             }
@@ -180,48 +146,14 @@ impl Saver {
             let Some(record) = held.table.get_mut(address) else {
                 continue;
             };
-            let device = Arc::clone(&record.payload.device);
-            let mut residue = Residue::reserved(device, address, record.bytes);
-            residue.unreserve = false;
             items.push(Item {
                 address,
                 bytes: record.bytes,
                 allocation: record.payload.clone(),
-                residue,
                 result: Ok(()),
             });
         }
         (items, selection.unchanged)
-    }
-
-    /// Creates everything, then maps everything: a shortage shows before the first mapping.
-    fn back_all(&self, items: &mut [Item]) -> Result<()> {
-        let needed: u64 = items.iter().map(|item| item.bytes).sum();
-        Self::on_each_device(items, |item| item.create(needed))?;
-        Self::on_each_device(items, Item::map)
-    }
-
-    /// Does a step for every item, device by device, until one fails.
-    fn on_each_device(
-        items: &mut [Item],
-        mut step: impl FnMut(&mut Item) -> Result<()>,
-    ) -> Result<()> {
-        let spans: Vec<Span> = items.iter().map(Item::span).collect();
-        let mut result = Ok(());
-        for device in devices_of(&spans) {
-            let ordinal = device.info().ordinal;
-            device.together(&mut || {
-                let theirs = items
-                    .iter_mut()
-                    .filter(|item| item.allocation.device.info().ordinal == ordinal);
-                for item in theirs {
-                    if result.is_ok() {
-                        result = process::check().and_then(|()| step(item));
-                    }
-                }
-            });
-        }
-        result
     }
 
     /// Loads backend by backend, all devices of one at once.
@@ -282,9 +214,8 @@ impl Saver {
                             item.allocation.region.tag()
                         )),
                     });
-                    // A copy that failed may have left others of it on their way.
-                    item.residue.unsettled = true;
-                    self.stay_paused(item);
+                    self.take_memory_away(&item);
+                    self.stay_paused(item.address);
                 }
             }
         }
@@ -296,7 +227,6 @@ impl Saver {
         let mut unneeded = None;
         if let Some(record) = held.table.get_mut(item.address) {
             let payload = &mut record.payload;
-            payload.physical = item.residue.physical;
             let retain = payload.region.retain.unwrap_or_else(region::retain);
             match &mut payload.stored {
                 Some(stored) if retain && stored.ticket.read_pointer().is_some() => {}
@@ -305,7 +235,7 @@ impl Saver {
             }
         }
         let address = item.address;
-        let freed = held.table.finish(address, State::Active);
+        let freed = held.finish(address, State::Active);
         drop(held);
         // The item has a reference of its own, which would keep the backup alive.
         drop(item);
@@ -317,12 +247,47 @@ impl Saver {
         }
     }
 
-    fn stay_paused(&self, item: Item) {
-        let address = item.address;
-        self.clear_or_keep(item.residue);
-        let freed = self.held().table.finish(address, State::Paused);
+    /// Takes away the memory of an allocation that could not be loaded, unless its neighbours need
+    /// the handle: then it stays for the next attempt.
+    fn take_memory_away(&self, item: &Item) {
+        let taken = {
+            let mut held = self.held();
+            let record = held.table.get_mut(item.address);
+            record.and_then(|record| match record.payload.backing {
+                Some(Backing::Own(physical)) => {
+                    record.payload.backing = None;
+                    Some(physical)
+                }
+                _ => None,
+            })
+        };
+        if let Some(physical) = taken {
+            let device = Arc::clone(&item.allocation.device);
+            let mut residue = Residue::of(device, item.address, item.bytes).with_memory(physical);
+            // A copy that failed may have left others of it on their way.
+            residue.unsettled = true;
+            self.clear_or_keep(residue);
+        }
+    }
+
+    fn stay_paused(&self, address: Address) {
+        let (freed, span) = {
+            let mut held = self.held();
+            let backing = held
+                .table
+                .get_mut(address)
+                .map(|record| record.payload.backing);
+            let span = match backing.flatten() {
+                Some(Backing::Shared(id)) => Some(id),
+                _ => None,
+            };
+            (held.finish(address, State::Paused), span)
+        };
         if let Some(record) = freed {
             self.give_back(address, record, None);
+        }
+        if let Some(id) = span {
+            self.dissolve_if_empty(id);
         }
     }
 }

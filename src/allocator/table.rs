@@ -85,6 +85,20 @@ impl<P> Table<P> {
         self.records.get_mut(&address)
     }
 
+    /// The records that begin in a range of addresses, freed or not.
+    pub fn range(&self, start: u64, bytes: u64) -> impl Iterator<Item = &Record<P>> {
+        self.records
+            .range(start..start + bytes)
+            .map(|(_, record)| record)
+    }
+
+    /// See [`Self::range`].
+    pub fn range_mut(&mut self, start: u64, bytes: u64) -> impl Iterator<Item = &mut Record<P>> {
+        self.records
+            .range_mut(start..start + bytes)
+            .map(|(_, record)| record)
+    }
+
     /// Takes everything out.
     pub fn drain(&mut self) -> impl Iterator<Item = (u64, Record<P>)> + use<P> {
         std::mem::take(&mut self.records).into_iter()
