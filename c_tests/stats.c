@@ -55,6 +55,31 @@ static void counts(const tms_saver_t *saver)
     CHECK_OK(tms_saver_free_memory(saver, b));
 }
 
+/* What a freed allocation leaves within a handle is told, used again by its class, and goes. */
+static void held(const tms_saver_t *saver)
+{
+    uint64_t granule = check_device_info(0).granularity;
+    void *memory[3];
+    for (size_t i = 0; i < 3; i++) {
+        memory[i] = check_malloc(saver, 8, "h", "pinned", i);
+    }
+    CHECK_OK(tms_saver_free_memory(saver, memory[1]));
+    CHECK(entry_of(saver, "h", 0).held_bytes == 0);
+    memory[1] = check_malloc(saver, 8, "h", "pinned", 4);
+    check_pause(saver, NULL);
+    check_resume(saver, NULL);
+    CHECK_OK(tms_saver_free_memory(saver, memory[1]));
+    CHECK(entry_of(saver, "h", 0).held_bytes == granule);
+    CHECK(entry_of(saver, "h", 0).active_bytes == 2 * granule);
+    memory[1] = check_malloc(saver, 8, "h", "pinned", 5);
+    CHECK(entry_of(saver, "h", 0).held_bytes == 0);
+    CHECK_OK(tms_saver_free_memory(saver, memory[1]));
+    check_pause(saver, NULL);
+    CHECK(entry_of(saver, "h", 0).held_bytes == 0);
+    CHECK_OK(tms_saver_free_memory(saver, memory[0]));
+    CHECK_OK(tms_saver_free_memory(saver, memory[2]));
+}
+
 /* The number of entries is told whatever fits; entries beyond the room are not touched. */
 static void capacity(const tms_saver_t *saver)
 {
@@ -177,6 +202,7 @@ int main(void)
     tms_saver_t *saver = check_saver();
     devices();
     counts(saver);
+    held(saver);
     capacity(saver);
     query(saver);
     two_devices(saver);

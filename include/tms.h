@@ -568,6 +568,13 @@ typedef struct {
      * The tag, NUL-terminated.
      */
     char tag[256];
+    /**
+     * Bytes of device memory that freed allocations left within a handle that others still use: for
+     * later allocations of the same region options, or given back by the next pause, or with the
+     * last allocation of the handle. A handle has at most 1 GiB; allocations made since the last
+     * resume, larger ones and exportable ones hold nothing back.
+     */
+    uint64_t held_bytes;
 } tms_stats_t;
 
 /**

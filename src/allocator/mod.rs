@@ -10,7 +10,6 @@ mod addresses;
 mod backing;
 mod commit;
 mod held;
-mod op;
 mod options;
 mod outcome;
 mod pause;
@@ -30,10 +29,10 @@ use crate::device::{
     self, Address, CreateOptions, Device, Direction, Physical, Platform, round_up,
 };
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::op::{self, Service};
 use crate::process;
 use crate::transfer::{ArenaUse, Engine};
 
-pub use op::Op;
 pub use options::{PauseOptions, ResumeOptions};
 pub use outcome::{AllocationInfo, Failure, Outcome, Summary, TagStats};
 pub use region::Region;
@@ -53,6 +52,9 @@ enum Backing {
     /// Part of a handle that spans several.
     Shared(SpanId),
 }
+
+/// A pause or resume that runs on a thread of the library.
+pub type Op = op::Op<Outcome>;
 
 /// What belongs to one allocation besides its place and state.
 #[derive(Clone)]
@@ -104,7 +106,7 @@ struct Inner {
     addresses: Addresses,
     /// Serialises pause and resume; taken before `held`, never by malloc or free.
     turn: Mutex<()>,
-    service: op::Service,
+    service: Service,
 }
 
 /// Owns allocations on the devices of one platform. Cheap to clone; all clones are the same saver.
@@ -173,7 +175,7 @@ impl Saver {
                 cleared: Condvar::new(),
                 addresses: Addresses::default(),
                 turn: Mutex::default(),
-                service: op::Service::default(),
+                service: Service::default(),
             }),
         })
     }

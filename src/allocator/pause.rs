@@ -9,6 +9,7 @@ use super::{Allocation, Backing, Op, Outcome, PauseOptions, Saver, Stored, lock}
 use crate::backup::{self, BackupBackend, Discard, StoreItem};
 use crate::device::{Address, Device};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::op::Ending;
 use crate::process;
 use crate::transfer::{Control, Span};
 

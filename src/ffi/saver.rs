@@ -64,6 +64,11 @@ pub struct tms_stats_t {
     pub backed_bytes: u64,
     /// The tag, NUL-terminated.
     pub tag: [c_char; 256],
+    /// Bytes of device memory that freed allocations left within a handle that others still use: for
+    /// later allocations of the same region options, or given back by the next pause, or with the
+    /// last allocation of the handle. A handle has at most 1 GiB; allocations made since the last
+    /// resume, larger ones and exportable ones hold nothing back.
+    pub held_bytes: u64,
 }
 
 /// The allocation has physical memory and can be used.
@@ -427,6 +432,7 @@ pub unsafe extern "C" fn tms_saver_stats(
                     paused_bytes: found.paused_bytes,
                     backed_bytes: found.backed_bytes,
                     tag: [0; 256],
+                    held_bytes: found.held_bytes,
                 };
                 fill_text(&mut value.tag, &found.tag);
                 // SAFETY: the array has `capacity` entries of the stated size.

@@ -12,7 +12,6 @@ mod streams;
 mod workers;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arena::{Arena, ArenaUse, Block};
@@ -21,7 +20,8 @@ pub use workers::{Batch, Workers};
 
 use crate::config;
 use crate::device::{Address, Device, DeviceKind, Direction, Platform};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
+pub use crate::op::Control;
 
 /// What a resume without retention keeps pinned for the next pause, unless `TMS_PINNED_KEEP` says
 /// otherwise.
@@ -33,32 +33,6 @@ pub struct Span {
     pub device: Arc<dyn Device>,
     pub address: Address,
     pub bytes: u64,
-}
-
-/// Watched and steered from outside while bytes move.
-#[derive(Debug, Default)]
-pub struct Control {
-    pub done: AtomicU64,
-    pub total: AtomicU64,
-    pub cancelled: AtomicBool,
-}
-
-impl Control {
-    pub fn advance(&self, bytes: u64) {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// An error once the operation was cancelled or the process began to exit.
-    pub fn check(&self) -> Result<()> {
-        crate::process::check()?;
-        if self.cancelled.load(Ordering::Relaxed) {
-            return Err(Error::new(
-                ErrorKind::Cancelled,
-                "the operation was cancelled",
-            ));
-        }
-        Ok(())
-    }
 }
 
 /// Everything that moves bytes for one platform.

@@ -120,6 +120,7 @@ class StatsRecord(Structure):
         ("paused_bytes", c_uint64),
         ("backed_bytes", c_uint64),
         ("tag", c_char * 256),
+        ("held_bytes", c_uint64),
     ]
 
 

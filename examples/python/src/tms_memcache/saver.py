@@ -71,6 +71,7 @@ class Stats:
     paused_count: int
     paused_bytes: int
     backed_bytes: int
+    held_bytes: int
 
 
 @dataclass(frozen=True)
@@ -478,6 +479,7 @@ class Saver:
                 paused_count=entry.paused_count,
                 paused_bytes=entry.paused_bytes,
                 backed_bytes=entry.backed_bytes,
+                held_bytes=entry.held_bytes,
             )
             for entry in entries[: count.value]
         ]
