@@ -99,6 +99,45 @@ fn malloc_works_and_free_on_the_captured_stream_is_put_off() {
 }
 
 #[test]
+fn malloc_in_the_place_of_a_freed_neighbour_leaves_a_capture_whole() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let saver = Saver::new(device::open("cuda").unwrap()).unwrap();
+    let region = Region::new("w").with_backup("pinned");
+    let made: Vec<u64> = (0..3)
+        .map(|seed| support::filled(&saver, 0, 2 << 20, seed, &region))
+        .collect();
+    saver.pause(&PauseOptions::all()).status.unwrap();
+    saver.resume(&ResumeOptions::all()).status.unwrap();
+    saver.free(made[1]).unwrap();
+    for flags in [NON_BLOCKING, BLOCKING] {
+        let capture = Capture::begin(flags);
+        let again = saver.malloc(1, Some(0), &region).unwrap();
+        assert_eq!(again, made[1]);
+        assert_eq!(capture.end(), 0, "the capture is whole");
+        assert!(fake.peek(again, 2 << 20).iter().all(|&byte| byte == 0));
+        saver.write(again, &[7; 100]).unwrap();
+        // Freed while its stream is captured, it is put off; its neighbours do not mind.
+        let capture = Capture::begin(flags);
+        saver
+            .free_on_stream(again, Some(capture.stream as u64))
+            .unwrap();
+        let other = saver.malloc(1, Some(0), &region).unwrap();
+        assert_ne!(other, again, "the device may still work on it");
+        assert_eq!(capture.end(), 0, "the capture is whole");
+        saver.free(other).unwrap();
+    }
+    for address in [made[0], made[2]] {
+        saver.free(address).unwrap();
+    }
+    assert_eq!(saver.overhead(), (0, 0));
+    assert_eq!(fake.live_bytes(0), 0);
+}
+
+#[test]
 fn a_pause_during_a_capture_is_refused_and_loses_nothing() {
     let Some(_fake) = FakeCuda::loaded() else {
         println!("needs the software driver: not selected");

@@ -48,55 +48,52 @@ impl Held {
         }
     }
 
-    /// Puts a new allocation into a hole of its class.
-    pub fn fill_hole(
-        &mut self,
-        class: &Class,
-        bytes: u64,
-        record: impl FnOnce(SpanId) -> Record<Allocation>,
-    ) -> Option<Address> {
-        let (span, address) = self.spans.take_hole(class, bytes)?;
-        self.table.insert(address, record(span));
-        Some(address)
+    /// Takes a hole of a class out, to be cleared by the caller; [`Self::fill_hole`] or
+    /// [`Self::give_up_hole`] must follow. No pause begins before.
+    pub fn take_hole(&mut self, class: &Class, bytes: u64) -> Option<(SpanId, Address)> {
+        let (id, address) = self.spans.take_hole(class, bytes)?;
+        if let Some(span) = self.spans.get_mut(id) {
+            span.clearing += 1;
+        }
+        Some((id, address))
     }
 
-    /// Whether the range of a freed allocation should be cleared for others; if so,
-    /// [`Self::end_clearing`] must follow, and no pause takes the span away before.
-    pub fn begin_clearing(&mut self, id: SpanId) -> bool {
-        let alone = self.is_empty_but_for(id, 1);
-        match self.spans.get_mut(id) {
-            Some(span) if !span.leaving && !alone => {
-                span.clearing += 1;
-                true
-            }
-            _ => false,
+    /// Puts a new allocation into a hole.
+    pub fn fill_hole(&mut self, id: SpanId, address: Address, record: Record<Allocation>) {
+        self.end_clearing(id);
+        self.table.insert(address, record);
+    }
+
+    /// A hole that could not be cleared is not used again.
+    pub fn give_up_hole(&mut self, id: SpanId, address: Address, bytes: u64) {
+        self.end_clearing(id);
+        if let Some(span) = self.spans.get_mut(id) {
+            span.unusable.push((address, bytes));
         }
     }
 
-    pub fn end_clearing(&mut self, id: SpanId) {
+    fn end_clearing(&mut self, id: SpanId) {
         if let Some(span) = self.spans.get_mut(id) {
             span.clearing -= 1;
         }
     }
 
     /// The range of a freed allocation stays with its span; false if that is gone.
-    pub fn add_hole(&mut self, id: SpanId, address: Address, bytes: u64, cleared: bool) -> bool {
+    pub fn add_hole(&mut self, id: SpanId, address: Address, bytes: u64) -> bool {
         let Some(span) = self.spans.get_mut(id) else {
             return false;
         };
         span.unsettled -= 1;
-        if cleared {
-            span.add_hole(address, bytes);
-        } else {
-            span.unusable.push((address, bytes));
-        }
+        span.add_hole(address, bytes);
         true
     }
 
-    /// Whether a span has no allocation that needs it, and only so many freed ones.
-    fn is_empty_but_for(&self, id: SpanId, unsettled: u32) -> bool {
+    /// Whether nothing needs a span any more.
+    fn is_empty(&self, id: SpanId) -> bool {
         self.spans.get(id).is_some_and(|span| {
-            span.unsettled == unsettled
+            !span.leaving
+                && span.unsettled == 0
+                && span.clearing == 0
                 && !self.table.range(span.base, span.bytes).any(|record| {
                     record.payload.backing == Some(Backing::Shared(id))
                         && record.state != State::Paused
@@ -106,8 +103,7 @@ impl Held {
 
     /// Takes a span out that no allocation needs any more, unless a pause is at it.
     pub fn take_empty_span(&mut self, id: SpanId) -> Option<Span> {
-        let leaving = self.spans.get(id).is_none_or(|span| span.leaving);
-        if leaving || !self.is_empty_but_for(id, 0) {
+        if !self.is_empty(id) {
             return None;
         }
         self.take_span(id)

@@ -25,9 +25,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::backup::{BackupBackend, Discard, Ticket};
-use crate::device::{
-    self, Address, CreateOptions, Device, Direction, Physical, Platform, round_up,
-};
+use crate::device::{self, Address, CreateOptions, Device, Physical, Platform, round_up};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::op::{self, Service};
 use crate::process;
@@ -101,7 +99,7 @@ struct Inner {
     engine: Engine,
     /// Protects the book-keeping; never held across a device call.
     held: Mutex<Held>,
-    /// Signalled when a hole of a span was cleared.
+    /// Signalled when a hole of a span has been cleared, or was given up.
     cleared: Condvar,
     addresses: Addresses,
     /// Serialises pause and resume; taken before `held`, never by malloc or free.
@@ -305,12 +303,11 @@ impl Saver {
                 exports: 0,
             },
         };
-        // In one step, so that a pause sees the hole or the allocation.
-        if let Some(address) = self
-            .held()
-            .fill_hole(&class, rounded, |span| record(Backing::Shared(span)))
-        {
+        if let Some((span, address)) = self.cleared_hole(&device, &class, rounded) {
             region::count_allocation();
+            let record = record(Backing::Shared(span));
+            self.held().fill_hole(span, address, record);
+            self.inner.cleared.notify_all();
             return Ok(address);
         }
         let (address, physical) = match self.allocate(&device, rounded, &class) {
@@ -494,16 +491,9 @@ impl Saver {
     /// The range of a freed allocation, on which no device works any more, becomes a hole of its
     /// span. With the last allocation the span goes.
     fn leave_span(&self, residue: &mut Residue, id: SpanId) {
-        let clears = self.held().begin_clearing(id);
-        // What others wrote must not be seen by whoever gets the range next.
-        let cleared = clears && self.fill_with_zeros(residue);
         let empty = {
             let mut held = self.held();
-            if clears {
-                held.end_clearing(id);
-                self.inner.cleared.notify_all();
-            }
-            if held.add_hole(id, residue.address, residue.bytes, cleared) {
+            if held.add_hole(id, residue.address, residue.bytes) {
                 // The addresses are the span's now.
                 residue.addresses.clear();
             }
@@ -517,22 +507,27 @@ impl Saver {
         }
     }
 
-    fn fill_with_zeros(&self, residue: &Residue) -> bool {
-        let device = &residue.device;
-        let filled = self.inner.engine.streams(device).and_then(|streams| {
-            let stream = streams.of(Direction::ToDevice);
-            device.fill(residue.address, 0, residue.bytes, stream)?;
-            device.stream_synchronize(stream)
+    /// A hole of a span for a new allocation, with what others wrote taken out of it.
+    fn cleared_hole(
+        &self,
+        device: &Arc<dyn Device>,
+        class: &Class,
+        bytes: u64,
+    ) -> Option<(SpanId, Address)> {
+        let (span, address) = self.held().take_hole(class, bytes)?;
+        let cleared = self.inner.engine.streams(device).and_then(|streams| {
+            // A stream of its own, so that no malloc waits for the copies of a resume.
+            device.fill(address, 0, bytes, streams.clearing())?;
+            device.stream_synchronize(streams.clearing())
         });
-        filled
-            .inspect_err(|error| {
-                tracing::warn!(
-                    "{} bytes at {:#x} are not used again before the next pause: {error}",
-                    residue.bytes,
-                    residue.address
-                );
-            })
-            .is_ok()
+        let Err(error) = cleared else {
+            return Some((span, address));
+        };
+        tracing::warn!("{bytes} bytes at {address:#x} wait for the next pause: {error}");
+        self.held().give_up_hole(span, address, bytes);
+        self.inner.cleared.notify_all();
+        self.dissolve_if_empty(span);
+        None
     }
 
     /// Gives up one residue; false if some of it is left.

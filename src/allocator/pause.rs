@@ -86,7 +86,14 @@ impl Saver {
 
     fn select_active(&self, options: &PauseOptions) -> Result<(Vec<Item>, u64)> {
         self.check_pause(options)?;
-        let mut guard = self.held();
+        // A hole that is being cleared is about to become an allocation. That takes a moment, and
+        // whoever clears does not wait for a pause.
+        let clearing = |held: &mut Held| held.spans.iter().any(|span| span.clearing > 0);
+        let mut guard = self
+            .inner
+            .cleared
+            .wait_while(self.held(), clearing)
+            .unwrap_or_else(PoisonError::into_inner);
         let held = &mut *guard;
         let selection = held.table.select(
             options.tags.as_deref(),
@@ -129,14 +136,6 @@ impl Saver {
                 stored: None,
             });
         }
-        // What is being cleared is written to: a moment, and nobody who clears waits for a pause.
-        let clearing = |held: &mut Held| held.spans.iter().any(|s| s.leaving && s.clearing > 0);
-        drop(
-            self.inner
-                .cleared
-                .wait_while(guard, clearing)
-                .unwrap_or_else(PoisonError::into_inner),
-        );
         Ok((items, selection.unchanged))
     }
 

@@ -29,11 +29,12 @@ pub struct Span {
     pub leaving: bool,
     /// Freed allocations on whose range the device may still work.
     pub unsettled: u32,
-    /// Holes that are being cleared at this moment.
+    /// Holes that are being cleared at this moment for new allocations.
     pub clearing: u32,
-    /// Zeroed ranges that no allocation has, by address.
+    /// Ranges that no allocation has and no device works on, by address. What the last owner wrote
+    /// is still in them.
     pub holes: BTreeMap<Address, u64>,
-    /// Ranges that no allocation has and that could not be zeroed.
+    /// Ranges that no allocation has and that could not be cleared.
     pub unusable: Vec<(Address, u64)>,
 }
 

@@ -1,4 +1,4 @@
-//! The streams of one device: one each way, because the bus carries both at once. Created with the
+//! The streams of one device: one each way, because the bus carries both at once, and one for fills. Created with the
 //! first allocation of the device, so that a pause allocates nothing on it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,6 +11,7 @@ pub struct Streams {
     pub device: Arc<dyn Device>,
     to_host: Stream,
     to_device: Stream,
+    clearing: Stream,
     /// Events that nobody waits for, to be used again.
     events: Mutex<Vec<Event>>,
 }
@@ -35,16 +36,22 @@ impl Drop for PooledEvent<'_> {
 
 impl Streams {
     pub fn new(device: Arc<dyn Device>) -> Result<Streams> {
-        let to_host = device.stream_create()?;
-        let to_device = device.stream_create().inspect_err(|_| {
-            if let Err(error) = device.stream_destroy(to_host) {
-                tracing::warn!("a stream is left over: {error}");
+        let mut made = [Stream(0); 3];
+        for index in 0..made.len() {
+            match device.stream_create() {
+                Ok(stream) => made[index] = stream,
+                Err(error) => {
+                    destroy(&*device, &made[..index]);
+                    return Err(error);
+                }
             }
-        })?;
+        }
+        let [to_host, to_device, clearing] = made;
         Ok(Streams {
             device,
             to_host,
             to_device,
+            clearing,
             events: Mutex::default(),
         })
     }
@@ -73,6 +80,11 @@ impl Streams {
         }
     }
 
+    /// For fills that must not wait behind copies.
+    pub fn clearing(&self) -> Stream {
+        self.clearing
+    }
+
     /// Waits until everything queued in a direction is done. A first failure is asked again of the
     /// whole device, because "not known to be finished" must not be taken for "finished":
     /// [`Settled::Unknown`] means that memory the copies use must be kept.
@@ -87,6 +99,14 @@ impl Streams {
                 }
                 Err(_) => Settled::Unknown(error),
             },
+        }
+    }
+}
+
+fn destroy(device: &dyn Device, streams: &[Stream]) {
+    for &stream in streams {
+        if let Err(error) = device.stream_destroy(stream) {
+            tracing::debug!("a stream is left over: {error}");
         }
     }
 }
@@ -107,11 +127,10 @@ impl Drop for Streams {
         if crate::process::check().is_err() {
             return;
         }
-        for stream in [self.to_host, self.to_device] {
-            if let Err(error) = self.device.stream_destroy(stream) {
-                tracing::debug!("a stream is left over: {error}");
-            }
-        }
+        destroy(
+            &*self.device,
+            &[self.to_host, self.to_device, self.clearing],
+        );
         for event in std::mem::take(&mut *self.events()) {
             if let Err(error) = self.device.event_destroy(event) {
                 tracing::debug!("an event is left over: {error}");
