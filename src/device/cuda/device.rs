@@ -63,6 +63,7 @@ impl CudaDevice {
             can_export,
             rdma,
             peers: probe.peers(count)?,
+            numa_node: probe.numa_node(),
         };
         Ok(CudaDevice {
             maps_host: probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?,

@@ -149,6 +149,7 @@ impl Platform for HostPlatform {
                 peers: (0..self.shared.devices)
                     .filter(|peer| *peer != ordinal)
                     .collect(),
+                numa_node: None,
             },
         }))
     }
