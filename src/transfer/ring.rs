@@ -8,9 +8,9 @@ use super::streams::{PooledEvent, Settled, Streams};
 use crate::device::{Address, Device, Direction};
 use crate::error::{Result, ResultExt};
 
-/// Bytes of a slot, which move at once: enough for the speed of the bus, and few enough that a
-/// thread finds in the cache what the bus has just brought.
-pub const PIECE: usize = 2 << 20;
+/// Bytes of a slot, which move at once. Measured on an H200 with 8 to 16 threads, either way: 48
+/// GB/s with 1 MiB, 51.5 with 2, 53.2 with 4, 53.7 with 8.
+pub const PIECE: usize = 4 << 20;
 
 struct Slots {
     free: Vec<usize>,

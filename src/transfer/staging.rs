@@ -10,15 +10,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use super::ring::{Flight, PIECE, Ring, Slot};
-use super::streaming;
 use super::streams::Streams;
 use super::workers::Batch;
 use super::{Control, Engine, Span};
 use crate::device::{Address, Device, Direction};
 use crate::error::{Error, Result};
 
-/// Copies that one thread has under way.
-const DEPTH: usize = 2;
+/// Copies that one thread has under way. Measured on an H200: 34 GB/s to and 41 GB/s from the host
+/// with one, 52 with two, and no more with three or four.
+pub const DEPTH: usize = 2;
 
 /// As many pieces are moved by the calling thread: others would not be quicker.
 const FEW: usize = 2;
@@ -113,7 +113,7 @@ impl Job {
             .workers()
             .most()
             .min(self.pieces.len())
-            .min(self.ring.count());
+            .min(self.ring.count().div_ceil(DEPTH));
         for _ in 0..threads {
             let (job, work) = (Arc::clone(self), Arc::clone(&work));
             joined.0.submit(engine.workers(), move || work(&job));
@@ -308,7 +308,7 @@ impl Sink for Memory {
         let place = self.place(offset, bytes.len());
         // SAFETY: in bounds; pieces do not overlap each other or the staging slot, and the memory
         // is borrowed by the caller of `read_device`, who waits.
-        unsafe { streaming::copy(bytes.as_ptr(), place, bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) };
         Ok(())
     }
 }
