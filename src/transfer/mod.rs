@@ -6,6 +6,7 @@
 mod adopt;
 pub mod arena;
 mod chunk;
+pub mod copy;
 mod growth;
 mod limits;
 pub(crate) mod pages;
@@ -35,8 +36,8 @@ const DEFAULT_KEEP: u64 = 16 << 30;
 /// How an engine is made; zeros mean the defaults.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EngineOptions {
-    /// Threads that copy, populate and pin: at most the cores (half of them on the host device,
-    /// which has threads of its own) and at most 16, which is also the default.
+    /// Threads that copy, populate and pin: at most the cores, and at most 16. The default is as
+    /// many as that (half on the host device, which has threads of its own).
     pub threads: u32,
     /// Pinned memory that bytes pass through on their way to and from pageable memory, files and
     /// stores; in whole slots of 4 MiB, at least two. The default is two for each thread. It is
@@ -61,6 +62,8 @@ pub struct Engine {
     streams: Mutex<Vec<Option<Arc<Streams>>>>,
     ring: Mutex<Option<Arc<staging::Ring>>>,
     staging_bytes: usize,
+    /// What explicit copies know and hold, see [`copy::Copier`].
+    copies: copy::State,
     /// Memory that a device may still use, because it could not be asked whether it is done.
     quarantine: Mutex<Vec<Kept>>,
 }
@@ -77,6 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        self.copies.settle();
         self.drain_quarantine();
         // What a device may still use is lost to the process rather than given to somebody else.
         std::mem::forget(std::mem::take(&mut *lock(&self.quarantine)));
@@ -89,6 +93,7 @@ impl Drop for Engine {
 }
 
 impl Engine {
+    /// See [`Self::with_options`].
     pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {
         Engine::with_options(platform, EngineOptions::default())
     }
@@ -99,13 +104,10 @@ impl Engine {
         let keep = config::size_from_environment("TMS_PINNED_KEEP")?.unwrap_or(DEFAULT_KEEP);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // The host device has threads of its own; together they stay below the number of cores.
-        let threads = match platform.kind() {
-            DeviceKind::Cuda => cores,
-            DeviceKind::Host => cores.div_ceil(2),
-        };
-        let threads = match options.threads {
-            0 => threads,
-            wanted => threads.min(wanted as usize),
+        let threads = match (options.threads, platform.kind()) {
+            (0, DeviceKind::Cuda) => cores,
+            (0, DeviceKind::Host) => cores.div_ceil(2),
+            (wanted, _) => cores.min(wanted as usize),
         };
         let workers = Arc::new(Workers::new(threads));
         let staging_bytes = match options.staging_bytes {
@@ -122,6 +124,7 @@ impl Engine {
             streams: Mutex::default(),
             ring: Mutex::default(),
             staging_bytes,
+            copies: copy::State::default(),
             quarantine: Mutex::default(),
         })
     }
@@ -136,6 +139,11 @@ impl Engine {
 
     pub fn arena(&self) -> &Arena {
         &self.arena
+    }
+
+    /// Whether an explicit copy runs as an operation, or waits for its turn.
+    pub fn is_copying(&self) -> bool {
+        self.copies.busy()
     }
 
     /// The streams of a device, created on the first call.

@@ -1,11 +1,12 @@
 //! The ring of pinned slots that staged bytes pass through: who has which slot, and what the devices
 //! may still be doing with it. What passes through is the business of `staging`.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::arena::{Arena, Block};
 use super::streams::{PooledEvent, Settled, Streams};
-use crate::device::{Address, Device, Direction};
+use crate::device::{Address, Device, Direction, Event};
 use crate::error::{Result, ResultExt};
 
 /// Bytes of a slot, which move at once. Measured on an H200 with 8 to 16 threads, either way: 48
@@ -14,8 +15,33 @@ pub const PIECE: usize = 4 << 20;
 
 struct Slots {
     free: Vec<usize>,
+    /// Slots of queued copies that nobody waits for, in the order they were queued.
+    leaving: VecDeque<Leaving>,
     /// Slots that a device may still write to or read from.
     abandoned: Vec<(usize, Arc<dyn Device>)>,
+}
+
+/// A slot that is free when its event has passed.
+struct Leaving {
+    index: usize,
+    streams: Arc<Streams>,
+    event: Event,
+}
+
+impl Leaving {
+    fn has_passed(&self) -> bool {
+        matches!(self.streams.device.event_query(self.event), Ok(true))
+    }
+
+    /// Waits; gives back the index and, where the device did not answer, that device.
+    fn wait(self) -> (usize, Option<Arc<dyn Device>>) {
+        let passed = self.streams.device.event_synchronize(self.event);
+        self.streams.give_event(self.event);
+        match passed {
+            Ok(()) => (self.index, None),
+            Err(_) => (self.index, Some(Arc::clone(&self.streams.device))),
+        }
+    }
 }
 
 /// The slots, shared by all that stage.
@@ -43,6 +69,7 @@ impl Ring {
             slots: Mutex::new(Slots {
                 // The last is taken first.
                 free: (0..count).rev().collect(),
+                leaving: VecDeque::new(),
                 abandoned: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -56,7 +83,14 @@ impl Ring {
 
     /// Whether no device can be working on a slot that nobody holds.
     pub fn is_settled(&self) -> bool {
-        lock(&self.slots)
+        let mut slots = lock(&self.slots);
+        for leaving in std::mem::take(&mut slots.leaving) {
+            let (index, unsettled) = leaving.wait();
+            slots
+                .abandoned
+                .extend(unsettled.map(|device| (index, device)));
+        }
+        slots
             .abandoned
             .iter()
             .all(|(_, device)| device.synchronize().is_ok())
@@ -64,16 +98,40 @@ impl Ring {
 
     /// A slot, if one is free now.
     pub fn try_acquire(self: &Arc<Self>) -> Option<Slot> {
-        let index = lock(&self.slots).free.pop()?;
-        Some(self.slot(index))
+        let oldest = {
+            let mut slots = lock(&self.slots);
+            if let Some(index) = slots.free.pop() {
+                return Some(self.slot(index));
+            }
+            slots.leaving.pop_front()?
+        };
+        if oldest.has_passed() {
+            oldest.streams.give_event(oldest.event);
+            return Some(self.slot(oldest.index));
+        }
+        lock(&self.slots).leaving.push_front(oldest);
+        // Somebody may have come meanwhile, and waits for others to give slots back.
+        self.changed.notify_one();
+        None
     }
 
-    /// Waits for a free slot. Whoever holds one must not wait for another.
+    /// Waits for a free slot. Not for jobs of the workers, because jobs that hold slots may be
+    /// queued behind them, nor for whoever holds a slot already.
     pub fn acquire(self: &Arc<Self>) -> Result<Slot> {
         let mut slots = lock(&self.slots);
         loop {
             if let Some(index) = slots.free.pop() {
                 return Ok(self.slot(index));
+            }
+            if let Some(leaving) = slots.leaving.pop_front() {
+                drop(slots);
+                let (index, unsettled) = leaving.wait();
+                slots = lock(&self.slots);
+                match unsettled {
+                    None => slots.free.push(index),
+                    Some(device) => slots.abandoned.push((index, device)),
+                }
+                continue;
             }
             if let Some((index, device)) = slots.abandoned.pop() {
                 drop(slots);
@@ -114,7 +172,8 @@ pub struct Slot {
 }
 
 impl Slot {
-    fn pointer(&self) -> *mut u8 {
+    /// [`PIECE`] bytes, page aligned.
+    pub fn pointer(&self) -> *mut u8 {
         assert!(self.index < self.ring.count);
         // SAFETY: the block is `PIECE * count` bytes long.
         unsafe { self.ring.block.pointer().as_ptr().add(self.index * PIECE) }
@@ -220,8 +279,20 @@ impl Slot {
         }
     }
 
+    /// Gives the slot back once `event`, which `streams` gave and which was recorded after the last
+    /// copy, has passed. Nobody waits for that before the slot is needed.
+    pub fn leave(mut self, streams: &Arc<Streams>, event: Event) {
+        let index = std::mem::replace(&mut self.index, usize::MAX);
+        lock(&self.ring.slots).leaving.push_back(Leaving {
+            index,
+            streams: Arc::clone(streams),
+            event,
+        });
+        self.ring.changed.notify_one();
+    }
+
     /// Marks the slot as perhaps still used by the device; it is free again once that is settled.
-    fn abandon(&mut self, device: &Arc<dyn Device>) {
+    pub fn abandon(&mut self, device: &Arc<dyn Device>) {
         let index = std::mem::replace(&mut self.index, usize::MAX);
         if index != usize::MAX {
             lock(&self.ring.slots)

@@ -86,20 +86,24 @@ impl Job {
         self.pieces.get(index).copied()
     }
 
+    /// Whether no piece is left to take.
+    fn is_taken(&self) -> bool {
+        self.next.load(Ordering::Relaxed) >= self.pieces.len()
+    }
+
     fn start(&self, slot: Slot, piece: Piece, direction: Direction) -> Result<Flight<'_>> {
         let address = self.spans[piece.index].address + piece.offset;
         slot.start(&self.streams[piece.index], address, piece.length, direction)
     }
 
-    /// Has `work` done by as many threads as are of use, and waits for all of them.
+    /// Has `work` done by as many threads as are of use, and waits for all of them. Each gets its
+    /// first slot from here: jobs must not wait for slots. What they leave undone because they lost
+    /// their slots is done by this thread.
     fn run(
         self: &Arc<Self>,
         engine: &Engine,
-        work: impl Fn(&Job) -> Result<()> + Send + Sync + 'static,
+        work: impl Fn(&Job, Hand<'_>) -> Result<()> + Send + Sync + 'static,
     ) -> Result<()> {
-        if self.pieces.len() <= FEW {
-            return work(self);
-        }
         /// Whatever happens, nobody uses the places of the bytes once this is gone.
         struct Joined(Batch);
         impl Drop for Joined {
@@ -109,21 +113,81 @@ impl Job {
         }
         let joined = Joined(Batch::default());
         let work = Arc::new(work);
-        let threads = engine
-            .workers()
-            .most()
-            .min(self.pieces.len())
-            .min(self.ring.count().div_ceil(DEPTH));
+        let threads = match self.pieces.len() {
+            ..=FEW => 0,
+            pieces => engine
+                .workers()
+                .most()
+                .min(pieces)
+                .min(self.ring.count().div_ceil(DEPTH)),
+        };
         for _ in 0..threads {
+            if self.is_taken() {
+                break;
+            }
+            let slot = self.ring.acquire()?;
             let (job, work) = (Arc::clone(self), Arc::clone(&work));
-            joined.0.submit(engine.workers(), move || work(&job));
+            joined
+                .0
+                .submit(engine.workers(), move || work(&job, Hand::with(slot)));
         }
-        joined.0.wait()
+        joined.0.wait()?;
+        work(self, Hand::waiting())
     }
 }
 
-/// Copies under way, the oldest first.
-type Flights<'a> = VecDeque<(Flight<'a>, Piece)>;
+/// The slots that one thread has at hand.
+struct Hand<'a> {
+    spare: Option<Slot>,
+    /// Copies under way, the oldest first.
+    flights: VecDeque<(Flight<'a>, Piece)>,
+    may_wait: bool,
+}
+
+impl<'a> Hand<'a> {
+    fn with(slot: Slot) -> Hand<'a> {
+        Hand {
+            spare: Some(slot),
+            flights: VecDeque::new(),
+            may_wait: false,
+        }
+    }
+
+    fn waiting() -> Hand<'a> {
+        Hand {
+            spare: None,
+            flights: VecDeque::new(),
+            may_wait: true,
+        }
+    }
+
+    /// A slot for the next piece. `land` ends the oldest copy under way where its slot is needed,
+    /// and gives that if it can still be used. `None` if there is no slot to be had without
+    /// waiting, and this thread must not wait.
+    fn slot(
+        &mut self,
+        ring: &Arc<Ring>,
+        land: impl Fn(Flight<'a>, Piece) -> Result<Option<Slot>>,
+    ) -> Result<Option<Slot>> {
+        if let Some(slot) = self.spare.take() {
+            return Ok(Some(slot));
+        }
+        if self.flights.len() < DEPTH
+            && let Some(slot) = ring.try_acquire()
+        {
+            return Ok(Some(slot));
+        }
+        while let Some((flight, piece)) = self.flights.pop_front() {
+            if let Some(slot) = land(flight, piece)? {
+                return Ok(Some(slot));
+            }
+        }
+        match self.may_wait {
+            true => ring.acquire().map(Some),
+            false => Ok(None),
+        }
+    }
+}
 
 /// Moves every span into the sink. All or nothing: the first failure stops the rest.
 pub fn drain(
@@ -137,8 +201,8 @@ pub fn drain(
     };
     let sink = Arc::clone(sink);
     let failed = AtomicBool::new(false);
-    Arc::new(job).run(engine, move |job| {
-        let result = drain_some(job, &*sink, &failed);
+    Arc::new(job).run(engine, move |job, hand| {
+        let result = drain_some(job, hand, &*sink, &failed);
         if result.is_err() {
             failed.store(true, Ordering::Relaxed);
         }
@@ -147,38 +211,36 @@ pub fn drain(
 }
 
 /// One thread's share of [`drain`].
-fn drain_some(job: &Job, sink: &dyn Sink, failed: &AtomicBool) -> Result<()> {
-    let mut flights = Flights::new();
-    let land = |(flight, piece): (Flight<'_>, Piece)| {
+fn drain_some<'a>(
+    job: &'a Job,
+    mut hand: Hand<'a>,
+    sink: &dyn Sink,
+    failed: &AtomicBool,
+) -> Result<()> {
+    let land = |flight: Flight<'a>, piece: Piece| {
         sink.prepare(piece.index, piece.offset, piece.length)?;
         let slot = flight.land()?;
         sink.write(piece.index, piece.offset, slot.bytes(piece.length))?;
         job.control.advance(piece.length as u64);
-        Ok::<Slot, Error>(slot)
+        Ok(Some(slot))
     };
-    while !failed.load(Ordering::Relaxed)
-        && let Some(piece) = job.take()
-    {
+    while !failed.load(Ordering::Relaxed) && !job.is_taken() {
         job.control.check()?;
-        let free = match flights.len() {
-            DEPTH => None,
-            _ => job.ring.try_acquire(),
+        let Some(slot) = hand.slot(&job.ring, land)? else {
+            break;
         };
-        let slot = match free {
-            Some(slot) => slot,
-            None => match flights.pop_front() {
-                Some(oldest) => land(oldest)?,
-                None => job.ring.acquire()?,
-            },
+        let Some(piece) = job.take() else {
+            break;
         };
-        flights.push_back((job.start(slot, piece, Direction::ToHost)?, piece));
+        let flight = job.start(slot, piece, Direction::ToHost)?;
+        hand.flights.push_back((flight, piece));
     }
-    if failed.load(Ordering::Relaxed) {
-        return Ok(());
+    while !failed.load(Ordering::Relaxed)
+        && let Some((flight, piece)) = hand.flights.pop_front()
+    {
+        land(flight, piece)?;
     }
-    flights
-        .into_iter()
-        .try_for_each(|flight| land(flight).map(drop))
+    Ok(())
 }
 
 /// Moves the source into every span. One result for each span: a span that failed does not stop
@@ -196,9 +258,8 @@ pub fn fill(
     };
     let failures: Arc<Failures> = Arc::new(spans.iter().map(|_| Mutex::new(None)).collect());
     let (source, noted) = (Arc::clone(source), Arc::clone(&failures));
-    let all = job.run(engine, move |job| {
-        fill_some(job, &*source, &noted);
-        Ok(())
+    let all = job.run(engine, move |job, hand| {
+        fill_some(job, hand, &*source, &noted)
     });
     failures
         .iter()
@@ -212,51 +273,50 @@ pub fn fill(
 /// The first error of each span.
 type Failures = Vec<Mutex<Option<Error>>>;
 
-/// One thread's share of [`fill`].
-fn fill_some(job: &Job, source: &dyn Source, failures: &Failures) {
-    let mut flights = Flights::new();
+/// One thread's share of [`fill`]. An error concerns all spans.
+fn fill_some<'a>(
+    job: &'a Job,
+    mut hand: Hand<'a>,
+    source: &dyn Source,
+    failures: &Failures,
+) -> Result<()> {
     let note = |piece: Piece, error: Error| {
         lock(&failures[piece.index]).get_or_insert(error);
     };
-    let land = |(flight, piece): (Flight<'_>, Piece)| match flight.land() {
+    let land = |flight: Flight<'a>, piece: Piece| match flight.land() {
         Ok(slot) => {
             job.control.advance(piece.length as u64);
-            Some(slot)
+            Ok(Some(slot))
         }
         Err(error) => {
             note(piece, error);
-            None
+            Ok(None)
         }
     };
-    while let Some(piece) = job.take() {
+    while !job.is_taken() {
+        let Some(mut slot) = hand.slot(&job.ring, land)? else {
+            break;
+        };
+        let Some(piece) = job.take() else {
+            break;
+        };
         if lock(&failures[piece.index]).is_some() {
+            hand.spare = Some(slot);
             continue;
         }
         let started = job.control.check().and_then(|()| {
-            let mut free = match flights.len() {
-                DEPTH => None,
-                _ => job.ring.try_acquire(),
-            };
-            while free.is_none()
-                && let Some(oldest) = flights.pop_front()
-            {
-                free = land(oldest);
-            }
-            let mut slot = match free {
-                Some(slot) => slot,
-                None => job.ring.acquire()?,
-            };
             source.read(piece.index, piece.offset, slot.bytes_mut(piece.length))?;
             job.start(slot, piece, Direction::ToDevice)
         });
         match started {
-            Ok(flight) => flights.push_back((flight, piece)),
+            Ok(flight) => hand.flights.push_back((flight, piece)),
             Err(error) => note(piece, error),
         }
     }
-    for flight in flights {
-        land(flight);
+    while let Some((flight, piece)) = hand.flights.pop_front() {
+        land(flight, piece)?;
     }
+    Ok(())
 }
 
 /// The pieces of all spans, alternating between devices so that their buses work together.
