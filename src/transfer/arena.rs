@@ -438,8 +438,9 @@ impl Arena {
         control: &Control,
     ) -> Result<()> {
         control.check()?;
-        let wanted = rounded(bytes)?
-            .checked_next_multiple_of(HUGE)
+        let wanted = rounded(bytes)
+            .ok()
+            .and_then(|bytes| bytes.checked_next_multiple_of(HUGE))
             .ok_or_else(|| Error::invalid("bytes", "does not fit the address space"))?;
         let piece = rounded(largest)?.next_multiple_of(HUGE).max(AHEAD);
         let (missing, before) = {
