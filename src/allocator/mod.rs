@@ -13,6 +13,7 @@ mod held;
 mod options;
 mod outcome;
 mod pause;
+mod pinned;
 pub mod region;
 mod residue;
 mod resume;
@@ -96,7 +97,7 @@ impl Stored {
 }
 
 struct Inner {
-    engine: Engine,
+    engine: Arc<Engine>,
     /// Protects the book-keeping; never held across a device call.
     held: Mutex<Held>,
     /// Signalled when a hole of a span has been cleared, or was given up.
@@ -168,7 +169,7 @@ impl Saver {
     pub fn new(platform: Arc<dyn Platform>) -> Result<Saver> {
         Ok(Saver {
             inner: Arc::new(Inner {
-                engine: Engine::new(platform)?,
+                engine: Arc::new(Engine::new(platform)?),
                 held: Mutex::default(),
                 cleared: Condvar::new(),
                 addresses: Addresses::default(),
@@ -215,6 +216,11 @@ impl Saver {
 
     pub fn platform(&self) -> &Arc<dyn Platform> {
         self.inner.engine.platform()
+    }
+
+    /// What moves the bytes of this saver; explicit copies may share it.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.inner.engine
     }
 
     /// Pinned host memory of this saver.
@@ -740,7 +746,7 @@ impl Saver {
                 ));
             }
         };
-        if self.inner.service.busy() {
+        if self.inner.service.busy() || self.inner.engine.is_copying() {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "an operation of the saver is queued",
