@@ -333,7 +333,9 @@ fn in_a_process(name: &str, sizes: &Sizes) -> Result<Vec<Row>> {
         return Err(format!("the process for \"{name}\" ended with {}", output.status).into());
     }
     let lines = std::str::from_utf8(&output.stdout)?.lines();
-    lines.map(|line| row_from_json(&serde_json::from_str(line)?)).collect()
+    lines
+        .map(|line| row_from_json(&serde_json::from_str(line)?))
+        .collect()
 }
 
 fn row_to_json(row: &Row) -> Value {

@@ -24,12 +24,12 @@ use serde_json::json;
 use tms_memcache::device::{Device, DeviceKind};
 use tms_memcache::{Region, Saver, ffi};
 
+use support::Result;
 use support::bare::{Bare, Rows};
 use support::human;
 use support::memory::HostMemory;
 use support::random::Random;
 use support::report::{Other, Report, Row, Target};
-use support::Result;
 
 const HELP: &str = "\
 Measures the library's explicit copies beside the bare driver's, and prints one table.
@@ -579,9 +579,8 @@ impl Bench {
                 (_, Place::Pageable | Place::Pinned) => ffi::tms_memcpy_d2h,
                 _ => ffi::tms_memcpy_d2d,
             };
-            return self.seconds(|| unsafe {
-                checked(copy(ptr::null(), to, from, layout.bytes, none))
-            });
+            return self
+                .seconds(|| unsafe { checked(copy(ptr::null(), to, from, layout.bytes, none)) });
         }
         let copies: Vec<_> = layout
             .pieces
@@ -638,10 +637,7 @@ impl Bench {
         }
         let seconds = self.seconds(|| {
             for piece in &layout.pieces {
-                let (to, from) = (
-                    destination + piece.to as u64,
-                    source + piece.from as u64,
-                );
+                let (to, from) = (destination + piece.to as u64, source + piece.from as u64);
                 // SAFETY: as above, for the piece.
                 unsafe { lane.copy(to, from, piece.bytes) }?;
             }

@@ -78,7 +78,8 @@ impl Row {
 
     fn amount(&self, seconds: f64) -> String {
         if !self.in_time() {
-            return human::rate(self.bytes, seconds).map_or("-".into(), |rate| format!("{rate:.1}"));
+            return human::rate(self.bytes, seconds)
+                .map_or("-".into(), |rate| format!("{rate:.1}"));
         }
         match seconds {
             seconds if seconds < 1e-5 => format!("{:.0} ns", seconds * 1e9),

@@ -108,6 +108,7 @@ class ResultRecord(Structure):
         ("shortfall_bytes", c_uint64),
         ("failures", POINTER(FailureRecord)),
         ("failures_capacity", c_size_t),
+        ("unchanged_bytes", c_uint64),
     ]
 
 
