@@ -14,6 +14,7 @@ pub mod config;
 pub mod device;
 pub mod error;
 pub mod ffi;
+pub mod op;
 pub mod process;
 pub mod transfer;
 

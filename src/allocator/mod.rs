@@ -6,7 +6,6 @@
 //! across device work; the lock of operations is held by one pause or resume at a time and never by
 //! `malloc` or `free`.
 
-mod op;
 mod options;
 mod outcome;
 mod pause;
@@ -23,10 +22,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use crate::backup::{BackupBackend, Discard, Ticket};
 use crate::device::{self, Address, CreateOptions, Device, Physical, Platform, round_up};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::op::{self, Service};
 use crate::process;
 use crate::transfer::{ArenaUse, Engine};
 
-pub use op::Op;
 pub use options::{PauseOptions, ResumeOptions};
 pub use outcome::{AllocationInfo, Failure, Outcome, Summary, TagStats};
 pub use region::Region;
@@ -34,6 +33,9 @@ pub use table::State;
 
 use residue::Residue;
 use table::{Freed, Record, Table};
+
+/// A pause or resume that runs on a thread of the library.
+pub type Op = op::Op<Outcome>;
 
 /// What belongs to one allocation besides its place and state.
 #[derive(Clone)]
@@ -71,12 +73,12 @@ struct Held {
 }
 
 struct Inner {
-    engine: Engine,
+    engine: Arc<Engine>,
     /// Protects the book-keeping; never held across a device call.
     held: Mutex<Held>,
     /// Serialises pause and resume; taken before `held`, never by malloc or free.
     turn: Mutex<()>,
-    service: op::Service,
+    service: Service,
 }
 
 /// Owns allocations on the devices of one platform. Cheap to clone; all clones are the same saver.
@@ -134,10 +136,10 @@ impl Saver {
     pub fn new(platform: Arc<dyn Platform>) -> Result<Saver> {
         Ok(Saver {
             inner: Arc::new(Inner {
-                engine: Engine::new(platform)?,
+                engine: Arc::new(Engine::new(platform)?),
                 held: Mutex::default(),
                 turn: Mutex::default(),
-                service: op::Service::default(),
+                service: Service::default(),
             }),
         })
     }
@@ -179,6 +181,11 @@ impl Saver {
 
     pub fn platform(&self) -> &Arc<dyn Platform> {
         self.inner.engine.platform()
+    }
+
+    /// What moves the bytes of this saver; explicit copies may share it.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.inner.engine
     }
 
     /// Pinned host memory of this saver.
@@ -600,7 +607,7 @@ impl Saver {
                 ));
             }
         };
-        if self.inner.service.busy() {
+        if self.inner.service.busy() || self.inner.engine.is_copying() {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "an operation of the saver is queued",

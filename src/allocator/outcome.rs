@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::State;
 use crate::device::Address;
 use crate::error::{Error, ErrorKind, Result};
+use crate::op::Ending;
 
 /// One allocation that an operation could not bring where it should be.
 #[derive(Clone, Debug)]
@@ -48,14 +49,16 @@ pub struct Outcome {
     pub summary: Summary,
 }
 
-impl Outcome {
-    pub(super) fn failed(error: Error) -> Outcome {
+impl Ending for Outcome {
+    fn failed(error: Error) -> Outcome {
         Outcome {
             status: Err(error),
             summary: Summary::default(),
         }
     }
+}
 
+impl Outcome {
     /// The status follows from the failures: none, some (*partial*), or all.
     pub(super) fn from_summary(verb: &str, summary: Summary) -> Outcome {
         let status = match summary.failures.first() {

@@ -9,6 +9,7 @@ use super::{
 use crate::backup::{self, BackupBackend, Discard, StoreItem};
 use crate::device::{Address, Device};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
+use crate::op::Ending;
 use crate::process;
 use crate::transfer::{Control, Span, devices_of};
 

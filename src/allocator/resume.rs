@@ -11,6 +11,7 @@ use super::{
 use crate::backup::{self, Discard, LoadItem};
 use crate::device::{Address, CreateOptions};
 use crate::error::{ErrorKind, Result};
+use crate::op::Ending;
 use crate::process;
 use crate::transfer::{Control, Span, devices_of};
 

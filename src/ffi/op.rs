@@ -1,4 +1,4 @@
-//! `tms_op_t`: a pause or resume that runs on a thread of the library.
+//! `tms_op_t`: a pause, a resume or a copy that runs on a thread of the library.
 
 use std::time::Duration;
 
@@ -7,18 +7,63 @@ use super::fence::fence;
 use super::forward::forward;
 use super::result::{ResultOut, status_of, tms_result_t};
 use super::status::TMS_OK;
-use crate::allocator::Op;
+use crate::allocator::{Outcome, Summary};
 use crate::error::{Error, ErrorKind};
+use crate::op::{Ended, Ending, Op};
 
 /// A running or ended operation. Belongs to the caller, who frees it with tms_op_free.
 #[allow(non_camel_case_types)]
 pub struct tms_op_t {
-    op: Op,
+    op: Box<dyn Operation>,
 }
 
 impl tms_op_t {
-    pub(super) fn boxed(op: Op) -> *mut tms_op_t {
-        Box::into_raw(Box::new(tms_op_t { op }))
+    pub(super) fn boxed(op: impl Operation + 'static) -> *mut tms_op_t {
+        Box::into_raw(Box::new(tms_op_t { op: Box::new(op) }))
+    }
+}
+
+/// What the functions of this file need of an operation, whatever its end.
+pub(super) trait Operation: Send + Sync {
+    fn is_done(&self) -> bool;
+
+    /// The end as a result tells it, waited for at most `timeout` (`None`: for ever).
+    fn wait(&self, timeout: Option<Duration>) -> Option<Outcome>;
+
+    /// Bytes done and bytes in all.
+    fn progress(&self) -> (u64, u64);
+
+    fn eventfd(&self) -> i32;
+}
+
+impl<T: Ending + Into<Outcome>> Operation for Op<T> {
+    fn is_done(&self) -> bool {
+        Op::is_done(self)
+    }
+
+    fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
+        Op::wait(self, timeout).map(Into::into)
+    }
+
+    fn progress(&self) -> (u64, u64) {
+        Op::progress(self)
+    }
+
+    fn eventfd(&self) -> i32 {
+        Op::eventfd(self)
+    }
+}
+
+/// A copy in the words of a result: what is certain was copied.
+impl From<Ended> for Outcome {
+    fn from(ended: Ended) -> Outcome {
+        Outcome {
+            status: ended.status,
+            summary: Summary {
+                copied_bytes: ended.bytes,
+                ..Summary::default()
+            },
+        }
     }
 }
 
@@ -114,7 +159,7 @@ pub unsafe extern "C" fn tms_op_result(op: *const tms_op_t, result: *mut tms_res
             required(result, "result")?;
             (required(op, "op")?, ResultOut::new(result)?)
         };
-        let outcome = handle.op.outcome().ok_or_else(running)?;
+        let outcome = handle.op.wait(Some(Duration::ZERO)).ok_or_else(running)?;
         if let Some(result) = result {
             // SAFETY: as above.
             unsafe { result.write(&outcome) };

@@ -5,6 +5,7 @@
 
 pub mod arena;
 mod chunk;
+pub mod copy;
 mod limits;
 pub(crate) use limits::headroom;
 pub mod staging;
@@ -12,7 +13,6 @@ mod streams;
 mod workers;
 
 use std::any::Any;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use arena::{Arena, ArenaUse, Block};
@@ -21,7 +21,8 @@ pub use workers::{Batch, Workers};
 
 use crate::config;
 use crate::device::{Address, Device, DeviceKind, Direction, Platform};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
+pub use crate::op::Control;
 
 /// What a resume without retention keeps pinned for the next pause, unless `TMS_PINNED_KEEP` says
 /// otherwise.
@@ -35,32 +36,6 @@ pub struct Span {
     pub bytes: u64,
 }
 
-/// Watched and steered from outside while bytes move.
-#[derive(Debug, Default)]
-pub struct Control {
-    pub done: AtomicU64,
-    pub total: AtomicU64,
-    pub cancelled: AtomicBool,
-}
-
-impl Control {
-    pub fn advance(&self, bytes: u64) {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// An error once the operation was cancelled or the process began to exit.
-    pub fn check(&self) -> Result<()> {
-        crate::process::check()?;
-        if self.cancelled.load(Ordering::Relaxed) {
-            return Err(Error::new(
-                ErrorKind::Cancelled,
-                "the operation was cancelled",
-            ));
-        }
-        Ok(())
-    }
-}
-
 /// Everything that moves bytes for one platform.
 pub struct Engine {
     platform: Arc<dyn Platform>,
@@ -69,6 +44,9 @@ pub struct Engine {
     /// Streams by ordinal; never held across a device call.
     streams: Mutex<Vec<Option<Arc<Streams>>>>,
     ring: Mutex<Option<Arc<staging::Ring>>>,
+    staging_bytes: usize,
+    /// What explicit copies know and hold, see [`copy::Copier`].
+    copies: copy::State,
     /// Memory that a device may still use, because it could not be asked whether it is done.
     quarantine: Mutex<Vec<Kept>>,
 }
@@ -83,8 +61,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How an engine is made; zeros mean the default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineOptions {
+    /// Threads that copy and pin, at most.
+    pub threads: u32,
+    /// Pinned memory through which pageable memory is copied.
+    pub staging_bytes: u64,
+}
+
 impl Drop for Engine {
     fn drop(&mut self) {
+        self.copies.settle();
         self.drain_quarantine();
         // What a device may still use is lost to the process rather than given to somebody else.
         std::mem::forget(std::mem::take(&mut *lock(&self.quarantine)));
@@ -99,13 +87,23 @@ impl Drop for Engine {
 impl Engine {
     /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
     pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {
+        Engine::with_options(platform, EngineOptions::default())
+    }
+
+    /// See [`Self::new`].
+    pub fn with_options(platform: Arc<dyn Platform>, options: EngineOptions) -> Result<Engine> {
         let limit = config::size_from_environment("TMS_PINNED_LIMIT")?.unwrap_or(u64::MAX);
         let keep = config::size_from_environment("TMS_PINNED_KEEP")?.unwrap_or(DEFAULT_KEEP);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // The host device has threads of its own; together they stay below the number of cores.
-        let threads = match platform.kind() {
-            DeviceKind::Cuda => cores,
-            DeviceKind::Host => cores.div_ceil(2),
+        let threads = match (options.threads, platform.kind()) {
+            (0, DeviceKind::Cuda) => cores,
+            (0, DeviceKind::Host) => cores.div_ceil(2),
+            (wanted, _) => cores.min(wanted as usize),
+        };
+        let staging_bytes = match options.staging_bytes {
+            0 => staging::RING,
+            wanted => usize::try_from(wanted).unwrap_or(usize::MAX),
         };
         let workers = Arc::new(Workers::new(threads));
         Ok(Engine {
@@ -114,6 +112,8 @@ impl Engine {
             platform,
             streams: Mutex::default(),
             ring: Mutex::default(),
+            staging_bytes,
+            copies: copy::State::default(),
             quarantine: Mutex::default(),
         })
     }
@@ -128,6 +128,11 @@ impl Engine {
 
     pub fn arena(&self) -> &Arena {
         &self.arena
+    }
+
+    /// Whether an explicit copy runs as an operation, or waits for its turn.
+    pub fn is_copying(&self) -> bool {
+        self.copies.busy()
     }
 
     /// The streams of a device, created on the first call.
@@ -158,7 +163,7 @@ impl Engine {
         if let Some(existing) = &*ring {
             return Ok(Arc::clone(existing));
         }
-        let created = Arc::new(staging::Ring::new(&self.arena, device)?);
+        let created = Arc::new(staging::Ring::new(&self.arena, device, self.staging_bytes)?);
         *ring = Some(Arc::clone(&created));
         Ok(created)
     }

@@ -1,19 +1,24 @@
 //! Between device memory and places a device cannot reach (pageable memory, files, stores): a ring
 //! of pinned slots, filled and emptied by several threads while the bus works on the others.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::arena::{Arena, Block};
 use super::streams::{Settled, Streams};
 use super::workers::Batch;
 use super::{Control, Engine, Span};
-use crate::device::{Address, Device, Direction};
+use crate::device::{Address, Device, Direction, Event};
 use crate::error::{Error, Result, ResultExt};
 
 /// Bytes that move at once: large enough for the full speed of the bus.
 pub const PIECE: usize = 8 << 20;
 
-const SLOTS: usize = super::chunk::SLICE / PIECE;
+/// Bytes of a ring unless its engine was told otherwise.
+pub const RING: usize = super::chunk::SLICE;
+
+/// Fewer slots than this would make the bus and the threads take turns.
+const FEWEST: usize = 2;
 
 /// Where bytes go that leave a device. Called from several threads, in any order.
 pub trait Sink: Send + Sync {
@@ -29,13 +34,35 @@ pub trait Source: Send + Sync {
 
 struct Slots {
     free: Vec<usize>,
+    /// Slots of queued copies that nobody waits for, in the order they were queued.
+    leaving: VecDeque<Leaving>,
     /// Slots that a device may still write to or read from.
     abandoned: Vec<(usize, Arc<dyn Device>)>,
+}
+
+/// A slot that is free when its event has passed.
+struct Leaving {
+    index: usize,
+    streams: Arc<Streams>,
+    event: Event,
+}
+
+impl Leaving {
+    /// Waits; gives back the index and, where the device did not answer, that device.
+    fn wait(self) -> (usize, Option<Arc<dyn Device>>) {
+        let passed = self.streams.device.event_synchronize(self.event);
+        self.streams.give_event(self.event);
+        match passed {
+            Ok(()) => (self.index, None),
+            Err(_) => (self.index, Some(Arc::clone(&self.streams.device))),
+        }
+    }
 }
 
 /// The slots, shared by all that stage.
 pub struct Ring {
     block: Block,
+    count: usize,
     slots: Mutex<Slots>,
     changed: Condvar,
 }
@@ -45,14 +72,18 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Ring {
-    pub fn new(arena: &Arena, device: &Arc<dyn Device>) -> Result<Ring> {
+    /// `bytes` are rounded to whole slots.
+    pub fn new(arena: &Arena, device: &Arc<dyn Device>, bytes: usize) -> Result<Ring> {
+        let count = (bytes / PIECE).max(FEWEST);
         // A chunk of its own, which backups neither share nor keep pinned.
-        let block = arena.allocate_alone(device, (PIECE * SLOTS) as u64)?;
+        let block = arena.allocate_alone(device, (PIECE * count) as u64)?;
         block.wait().context(|| "staging memory")?;
         Ok(Ring {
             block,
+            count,
             slots: Mutex::new(Slots {
-                free: (0..SLOTS).collect(),
+                free: (0..count).collect(),
+                leaving: VecDeque::new(),
                 abandoned: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -61,7 +92,14 @@ impl Ring {
 
     /// Whether no device can be working on a slot that nobody holds.
     pub fn is_settled(&self) -> bool {
-        lock(&self.slots)
+        let mut slots = lock(&self.slots);
+        for leaving in std::mem::take(&mut slots.leaving) {
+            let (index, unsettled) = leaving.wait();
+            slots
+                .abandoned
+                .extend(unsettled.map(|device| (index, device)));
+        }
+        slots
             .abandoned
             .iter()
             .all(|(_, device)| device.synchronize().is_ok())
@@ -77,6 +115,16 @@ impl Ring {
                     index,
                 });
             }
+            if let Some(leaving) = slots.leaving.pop_front() {
+                drop(slots);
+                let (index, unsettled) = leaving.wait();
+                slots = lock(&self.slots);
+                match unsettled {
+                    None => slots.free.push(index),
+                    Some(device) => slots.abandoned.push((index, device)),
+                }
+                continue;
+            }
             if let Some((index, device)) = slots.abandoned.pop() {
                 drop(slots);
                 let answer = device.synchronize();
@@ -85,7 +133,7 @@ impl Ring {
                     Ok(()) => slots.free.push(index),
                     Err(error) => {
                         slots.abandoned.push((index, device));
-                        if slots.abandoned.len() == SLOTS {
+                        if slots.abandoned.len() == self.count {
                             return Err(error.context("no staging slot is usable"));
                         }
                     }
@@ -107,8 +155,9 @@ pub struct Slot {
 }
 
 impl Slot {
-    fn pointer(&self) -> *mut u8 {
-        // SAFETY: the block is `PIECE * SLOTS` bytes long and the index below `SLOTS`.
+    /// [`PIECE`] bytes, page aligned.
+    pub fn pointer(&self) -> *mut u8 {
+        // SAFETY: the block is `PIECE * count` bytes long and the index below `count`.
         unsafe { self.ring.block.pointer().as_ptr().add(self.index * PIECE) }
     }
 
@@ -175,8 +224,20 @@ impl Slot {
         Ok(())
     }
 
+    /// Gives the slot back once `event`, which `streams` gave and which was recorded after the last
+    /// copy, has passed. Nobody waits for that before the slot is needed.
+    pub fn leave(mut self, streams: &Arc<Streams>, event: Event) {
+        let index = std::mem::replace(&mut self.index, usize::MAX);
+        lock(&self.ring.slots).leaving.push_back(Leaving {
+            index,
+            streams: Arc::clone(streams),
+            event,
+        });
+        self.ring.changed.notify_one();
+    }
+
     /// Marks the slot as perhaps still used by the device; it is free again once that is settled.
-    fn abandon(&mut self, device: &Arc<dyn Device>) {
+    pub fn abandon(&mut self, device: &Arc<dyn Device>) {
         let index = std::mem::replace(&mut self.index, usize::MAX);
         if index != usize::MAX {
             lock(&self.ring.slots)

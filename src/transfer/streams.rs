@@ -29,7 +29,7 @@ impl PooledEvent<'_> {
 
 impl Drop for PooledEvent<'_> {
     fn drop(&mut self) {
-        self.streams.events().push(self.event);
+        self.streams.give_event(self.event);
     }
 }
 
@@ -55,15 +55,20 @@ impl Streams {
 
     /// An event for one wait.
     pub fn event(&self) -> Result<PooledEvent<'_>> {
-        let pooled = self.events().pop();
-        let event = match pooled {
-            Some(event) => event,
-            None => self.device.event_create()?,
-        };
         Ok(PooledEvent {
             streams: self,
-            event,
+            event: self.take_event()?,
         })
+    }
+
+    /// An event that its user gives back by [`Self::give_event`].
+    pub fn take_event(&self) -> Result<Event> {
+        let pooled = self.events().pop();
+        pooled.map_or_else(|| self.device.event_create(), Ok)
+    }
+
+    pub fn give_event(&self, event: Event) {
+        self.events().push(event);
     }
 
     pub fn of(&self, direction: Direction) -> Stream {
