@@ -22,16 +22,24 @@ pub struct Rows {
 
 type Handle = *mut c_void;
 
+type Retain = unsafe extern "C" fn(*mut Handle, c_int) -> c_int;
+type OnHandle = unsafe extern "C" fn(Handle) -> c_int;
+type StreamCreate = unsafe extern "C" fn(*mut Handle, c_uint) -> c_int;
+type Copy = unsafe extern "C" fn(u64, u64, usize) -> c_int;
+type CopyAsync = unsafe extern "C" fn(u64, u64, usize, Handle) -> c_int;
+type CopyRows = unsafe extern "C" fn(*const CUDA_MEMCPY2D_st, Handle) -> c_int;
+type Attributes = unsafe extern "C" fn(c_uint, *const c_int, *const Handle, u64) -> c_int;
+
 /// The driver's entry points that a bare copy needs.
 struct Driver {
-    set_current: unsafe extern "C" fn(Handle) -> c_int,
-    stream_create: unsafe extern "C" fn(*mut Handle, c_uint) -> c_int,
-    stream_synchronize: unsafe extern "C" fn(Handle) -> c_int,
-    copy: unsafe extern "C" fn(u64, u64, usize) -> c_int,
-    copy_async: unsafe extern "C" fn(u64, u64, usize, Handle) -> c_int,
-    /// Missing from old drivers, and from software ones.
-    copy_rows: Option<unsafe extern "C" fn(*const CUDA_MEMCPY2D_st, Handle) -> c_int>,
-    attributes: unsafe extern "C" fn(c_uint, *const c_int, *const Handle, u64) -> c_int,
+    set_current: OnHandle,
+    stream_create: StreamCreate,
+    stream_synchronize: OnHandle,
+    copy: Copy,
+    copy_async: CopyAsync,
+    /// Missing from software drivers.
+    copy_rows: Option<CopyRows>,
+    attributes: Attributes,
     contexts: Vec<Handle>,
 }
 
@@ -67,26 +75,26 @@ impl Driver {
         // SAFETY: the handle is open and stays so; the name is terminated.
         let find = |name: &CStr| unsafe { libc::dlsym(library, name.as_ptr()) };
         macro_rules! entry {
-            ($name:literal) => {{
+            ($name:literal as $kind:ty) => {{
                 let address = find($name);
                 if address.is_null() {
                     return Err(format!("the driver has no {}", $name.to_string_lossy()).into());
                 }
-                // SAFETY: the function of this name has the signature of the field.
-                unsafe { std::mem::transmute::<*mut c_void, _>(address) }
+                // SAFETY: the function of this name has this signature.
+                unsafe { std::mem::transmute::<*mut c_void, $kind>(address) }
             }};
         }
-        let retain: unsafe extern "C" fn(*mut Handle, c_int) -> c_int =
-            entry!(c"cuDevicePrimaryCtxRetain");
+        let retain = entry!(c"cuDevicePrimaryCtxRetain" as Retain);
+        let copy_rows = find(c"cuMemcpy2DAsync_v2");
         let mut driver = Driver {
-            set_current: entry!(c"cuCtxSetCurrent"),
-            stream_create: entry!(c"cuStreamCreate"),
-            stream_synchronize: entry!(c"cuStreamSynchronize"),
-            copy: entry!(c"cuMemcpy"),
-            copy_async: entry!(c"cuMemcpyAsync"),
+            set_current: entry!(c"cuCtxSetCurrent" as OnHandle),
+            stream_create: entry!(c"cuStreamCreate" as StreamCreate),
+            stream_synchronize: entry!(c"cuStreamSynchronize" as OnHandle),
+            copy: entry!(c"cuMemcpy" as Copy),
+            copy_async: entry!(c"cuMemcpyAsync" as CopyAsync),
             // SAFETY: NULL is the `None` of a function pointer; otherwise as for the others.
-            copy_rows: unsafe { std::mem::transmute(find(c"cuMemcpy2DAsync_v2")) },
-            attributes: entry!(c"cuPointerGetAttributes"),
+            copy_rows: unsafe { std::mem::transmute::<*mut c_void, Option<CopyRows>>(copy_rows) },
+            attributes: entry!(c"cuPointerGetAttributes" as Attributes),
             contexts: Vec::new(),
         };
         for device in 0..devices {

@@ -82,7 +82,8 @@ impl Row {
                 .map_or("-".into(), |rate| format!("{rate:.1}"));
         }
         match seconds {
-            seconds if seconds < 1e-5 => format!("{:.0} ns", seconds * 1e9),
+            seconds if seconds < 1e-6 => format!("{:.0} ns", seconds * 1e9),
+            seconds if seconds < 1e-3 => format!("{:.1} µs", seconds * 1e6),
             seconds => format!("{:.2} ms", seconds * 1e3),
         }
     }
