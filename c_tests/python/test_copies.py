@@ -288,8 +288,9 @@ class CopyTest(TensorTest):
         back, _ = self.tensor("cpu", (3, 400), "i2")
         self.assertIs(tms.cuda_copy_d2h(device, back), back)
         self.assertEqual(self.raw(back), self.raw(host))
-        self.check(self.tensor("cuda:0", (3, 400), "i2")[0], device, "tms_memcpy",
-                   copy=tms.cuda_copy_d2d)
+        self.check(
+            self.tensor("cuda:0", (3, 400), "i2")[0], device, "tms_memcpy", copy=tms.cuda_copy_d2d
+        )
         fresh = tms.cuda_copy_d2h(device)
         self.assertEqual((self.raw(fresh), fresh.pinned), (self.raw(host), False))
         fresh = tms.cuda_copy_d2h(device, pin_memory=True)
@@ -416,8 +417,12 @@ class CopyTest(TensorTest):
                 middle, dst = middle[:, :400], dst[:, 100:500]
             elif len(shape) == 3:
                 middle, dst = middle[:, 1:4, :256], dst[:, 1:4, 256:]
-            block = torch.Tensor(np.lib.stride_tricks.as_strided(
-                middle.array, (_layout.extent(middle.shape, middle.stride()),), (1,)), "cuda:0")
+            block = torch.Tensor(
+                np.lib.stride_tricks.as_strided(
+                    middle.array, (_layout.extent(middle.shape, middle.stride()),), (1,)
+                ),
+                "cuda:0",
+            )
             host, _ = self.tensor("cpu", dst.shape)
             with self.streams(device0=stream):
                 stream.fill(block, round_number + 1)

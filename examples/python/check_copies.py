@@ -217,10 +217,12 @@ def what_copy_does(lab: Lab) -> None:
     on_gpu.sum().backward()
     expect(leaf.grad is not None and leaf.grad.sum() == 4, "a gradient was lost")
     weight = torch.nn.Parameter(torch.zeros(64, 64, device="cuda"))
-    for wrong in (lambda: tms.cuda_copy_(weight, host[:64, :64]),
-                  lambda: tms.cuda_copy_(device, torch.zeros(3)),
-                  lambda: tms.cuda_copy_(device.view(-1)[:600], device.view(-1)[400:1000]),
-                  lambda: tms.cuda_copy_(device[:1].expand(9, 100), host[:9])):
+    for wrong in (
+        lambda: tms.cuda_copy_(weight, host[:64, :64]),
+        lambda: tms.cuda_copy_(device, torch.zeros(3)),
+        lambda: tms.cuda_copy_(device.view(-1)[:600], device.view(-1)[400:1000]),
+        lambda: tms.cuda_copy_(device[:1].expand(9, 100), host[:9]),
+    ):
         try:
             wrong()
         except RuntimeError:
@@ -382,7 +384,10 @@ def memory_of_a_saver(lab: Lab) -> None:
 
     class Memory:
         __cuda_array_interface__ = {
-            "shape": (64 << 20,), "typestr": "|u1", "data": (address, False), "version": 3,
+            "shape": (64 << 20,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
         }
 
     device = torch.as_tensor(Memory(), device="cuda")
@@ -434,11 +439,18 @@ def two_devices(lab: Lab) -> None:
     torch = lab.torch
     if lab.cuda.device_count() < 2:
         raise Skip("one GPU")
-    for to, start in (("cuda:0", "cuda:1"), ("cuda:1", "cuda:0"), ("cuda:1", "cpu"),
-                      ("cuda:1", "pinned"), ("cpu", "cuda:1"), ("pinned", "cuda:1")):
+    for to, start in (
+        ("cuda:0", "cuda:1"),
+        ("cuda:1", "cuda:0"),
+        ("cuda:1", "cpu"),
+        ("cuda:1", "pinned"),
+        ("cpu", "cuda:1"),
+        ("pinned", "cuda:1"),
+    ):
         for non_blocking in (False, True):
-            lab.copy(lab.random(to, lab.bytes), lab.random(start, lab.bytes), "tms_memcpy",
-                     non_blocking)
+            lab.copy(
+                lab.random(to, lab.bytes), lab.random(start, lab.bytes), "tms_memcpy", non_blocking
+            )
             dst, src = lab.random(to, 1000, 3000), lab.random(start, 1000, 2000)
             lab.copy(dst[:, :1500], src[:, 500:], "tms_memcpy_2d", non_blocking)
             dst, src = lab.random(to, 30, 40, 512), lab.random(start, 40, 30, 512)
