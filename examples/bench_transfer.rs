@@ -680,31 +680,29 @@ impl Bench {
         self.prepare(Place::Device, down, half)?;
         self.seed += 1;
         self.pinned.randomize(half, self.seed);
+        let lanes = [self.bare.lane(self.device)?, self.bare.lane(self.device)?];
+        lanes[0].enter()?;
+        let wait = || lanes.iter().try_for_each(|lane| lane.synchronize());
         let seconds = self.seconds(|| {
-            let mut operations = [ptr::null_mut(); 2];
             // SAFETY: the sides are valid for `half` bytes, do not overlap, and are used by
-            // nobody else until both operations were waited for.
+            // nobody else until both streams were waited for.
             unsafe {
-                checked(ffi::tms_memcpy_h2d_async(
+                checked(ffi::tms_memcpy_h2d_on_stream(
                     ptr::null(),
                     up as *mut c_void,
                     from as *const c_void,
                     half,
-                    &mut operations[0],
+                    lanes[0].handle(),
                 ))?;
-                checked(ffi::tms_memcpy_d2h_async(
+                checked(ffi::tms_memcpy_d2h_on_stream(
                     ptr::null(),
                     to as *mut c_void,
                     down as *const c_void,
                     half,
-                    &mut operations[1],
+                    lanes[1].handle(),
                 ))?;
-                let ends = operations.map(|operation| {
-                    let end = checked(ffi::tms_op_wait(operation, u64::MAX));
-                    checked(ffi::tms_op_free(operation)).and(end)
-                });
-                ends.into_iter().collect()
             }
+            wait()
         })?;
         // SAFETY: nothing is queued any more.
         unsafe {
@@ -714,16 +712,13 @@ impl Bench {
         let host = self.pinned.bytes();
         let right = self.images[1].bytes()[..half] == host[..half]
             && self.images[0].bytes()[..half] == host[half..2 * half];
-        let lanes = [self.bare.lane(self.device)?, self.bare.lane(self.device)?];
-        lanes[0].enter()?;
         let bare = self.seconds(|| {
             // SAFETY: as above; both lanes are waited for.
             unsafe {
                 lanes[0].copy(up, from, half)?;
                 lanes[1].copy(to, down, half)?;
             }
-            lanes[0].synchronize()?;
-            lanes[1].synchronize()
+            wait()
         })?;
         let mut row = Row::new(BOTH, 2 * half as u64, seconds);
         let (_, queued) = self.bare.names();

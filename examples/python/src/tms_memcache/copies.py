@@ -10,8 +10,9 @@ shorter than :data:`SHORTEST_PIECE` bytes, are left to ``copy_``, whose own kern
 
 Order: the copy follows the work on PyTorch's current stream of the tensors' device (of both
 devices, where there are two). It is complete on return; with ``non_blocking`` it is queued on that
-stream instead, unless pageable memory takes part. Where the library, its copies or a CUDA device
-is missing, ``copy_`` does the work, and one line in the log says why.
+stream instead, except that pageable memory is read or written before the return. Where the
+library, its copies or a CUDA device is missing, ``copy_`` does the work, and one line in the log
+says why.
 
 PyTorch is imported by the first call, not with this module.
 """
@@ -328,7 +329,7 @@ def _move(torch: Any, plan: "_Plan", dst: Any, src: Any, non_blocking: bool) -> 
     stream = torch.cuda.current_stream(device)
     # The other GPU's stream, where the two are not the same.
     other = torch.cuda.current_stream(dst.device) if dst.is_cuda and dst.device != device else None
-    if not non_blocking or host is not None and not host.is_pinned():
+    if not non_blocking:
         stream.synchronize()
         if other is not None:
             other.synchronize()
@@ -341,7 +342,7 @@ def _move(torch: Any, plan: "_Plan", dst: Any, src: Any, non_blocking: bool) -> 
         plan.queue(stream.cuda_stream)
     if other is not None:
         other.wait_stream(stream)
-    if host is not None:
+    if host is not None and host.is_pinned():
         _tell_allocator(host, device)
 
 
