@@ -1,5 +1,5 @@
 #!/bin/sh
-# Tests of the Python binding, the drop-in tool, and the real package torch_memory_saver on our
+# Tests of the Python binding, the copies of tensors, the drop-in tool, and the real package torch_memory_saver on our
 # file, without a GPU: PyTorch is a stand-in (fake_torch), the device is host memory.
 #   run.sh OUTDIR LIBRARY_SO PRELOAD_SO
 # Prints "ok NAME" or "FAIL NAME"; the status is 1 if any failed. PYTHON may name an interpreter
@@ -34,13 +34,20 @@ run() { # NAME COMMAND...
     if timeout 280 "$@" >"$out/log" 2>&1; then echo "ok $name"; else fail "$name"; fi
 }
 
-unittests() { # FILE: each test is one line
+unittests() { # FILE [NAME]: each test is one line
+    name=${2:-${1#test_}}
     timeout 280 "$python" "$here/$1.py" -v >"$out/log" 2>&1
     code=$?
-    sed -n "s/^\(test_[a-z_0-9]*\) .*\.\.\. ok\$/ok python-$1-\1/p
-            s/^\(test_[a-z_0-9]*\) .*\.\.\. skipped.*/ok python-$1-\1 # skipped/p" "$out/log" |
-        sed 's/-test_\([a-z]*\)-test_/-\1-/'
-    [ $code -eq 0 ] || fail "python-$1"
+    sed -n "s/^test_\([a-z_0-9]*\) .*\.\.\. ok\$/ok python-$name-\1/p
+            s/^test_\([a-z_0-9]*\) .*\.\.\. skipped.*/ok python-$name-\1 # skipped/p" "$out/log"
+    [ $code -eq 0 ] || fail "python-$name"
+}
+
+# The copies of tensors are tests over the stand-in for PyTorch.
+copies() { # NAME
+    PYTHONPATH="$here/fake_torch:$out/numpy:$PYTHONPATH"
+    unittests test_copies "$1"
+    PYTHONPATH="$root/examples/python/src"
 }
 
 fetch() { # PATTERN REQUIREMENT OPTIONS...
@@ -94,6 +101,8 @@ if [ ! -d "$out/numpy" ]; then
     "$python" -m pip install -q --disable-pip-version-check --no-index --no-deps \
         --target "$out/numpy" "$wheels"/numpy-*.whl >"$out/log" 2>&1 || fail python-numpy-install
 fi
+copies copies
+
 package() { # NAME OPTIONS...
     name=$1
     shift
@@ -127,6 +136,7 @@ if "$here/../fakecuda/build.sh" "$out/fakecuda" >"$out/log" 2>&1 &&
     "${CC:-cc}" -D_GNU_SOURCE -shared -fPIC -pthread -Wl,-soname,libcudart.so.13 \
         -o "$out/fakecuda/libcudart.so.13" "$here/../preload/fakecudart.c" >"$out/log" 2>&1; then
     export TMS_DEVICE=cuda FAKECUDA_LATE=1 LD_LIBRARY_PATH="$out/fakecuda"
+    FAKECUDA_DEVICES=2 copies copies-on-fakecuda
     package package-on-fakecuda --mode preload --skip backup_mmap
 else
     fail python-package-on-fakecuda

@@ -3,8 +3,9 @@
 
     python bench_torch_memory_saver.py [--wheel FILE_OR_DIR] [--library FILE] [--disk DIR] [--json]
 
-10.7 GB as 320 x 32 MiB and as 20 x 512 MiB: pause and resume without a backup, with pinned memory
-for the first time and again, retained, mmap and file; and the bare pinned copy of the same run.
+10.7 GB as 320 x 32 MiB and as 20 x 512 MiB: pause and resume without a backup and with pinned memory,
+for the first time and again, retained (with other bytes each time, and unchanged), mmap and file;
+and the bare pinned copy of the same run.
 Each file and shape has its own process, so that "first time" is one. Host memory is touched and
 released once before the timing, because on a virtual machine the first touch is slower; at most
 half of what is available. Data are random and compared by a checksum on the GPU after the timing.
@@ -42,16 +43,28 @@ IDLE_S = 0.3
 
 #: Case: region options, cycles before the timing, timed cycles.
 CASES: Dict[str, Tuple[Dict[str, Any], int, int]] = {
+    "none first": ({}, 0, 1),
     "none": ({}, 2, 7),
     "pinned first": ({"enable_cpu_backup": True}, 0, 1),
     "pinned again": ({"enable_cpu_backup": True}, 0, 3),
     "retained": ({"enable_cpu_backup": True}, 1, 3),
+    "retained unchanged": ({"enable_cpu_backup": True}, 1, 3),
     "mmap": ({"enable_cpu_backup": True, "cpu_backup_backend": "mmap"}, 0, 2),
     "file": ({"enable_disk_backup": True}, 0, 2),
 }
 
-#: Runs on the memory of the case before it.
-SAME_MEMORY = {"pinned again"}
+#: Runs on the memory of this case, if it is the one before.
+SAME_MEMORY = {
+    "none": "none first",
+    "pinned again": "pinned first",
+    "retained unchanged": "retained",
+}
+
+#: Gets other bytes before every pause; the other cases keep theirs.
+CHANGED = {"retained"}
+
+#: Without a backup: measured by several processes for each file.
+BY_TURNS = ("none first", "none")
 
 
 class Weights:
@@ -67,8 +80,11 @@ class Weights:
                 torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(count)
             ]
         self.positions = torch.arange(1, size // 8 + 1, dtype=torch.int64, device="cuda")
+        self.change()
+
+    def change(self) -> None:
         for tensor in self.tensors:
-            tensor.view(torch.int64).random_()
+            tensor.view(self.torch.int64).random_()
         self.expected = self.checksums()
 
     def checksums(self) -> List[int]:
@@ -124,14 +140,16 @@ def run_child(shape: str, shrink: int, disk: str, cases: List[str]) -> None:
     saver.set_disk_backup_dir(disk)
     weights: Optional[Weights] = None
     tag = ""
-    for case in cases:
+    for previous, case, following in zip([None, *cases], cases, [*cases[1:], None]):
         region, warm, cycles = CASES[case]
-        if case not in SAME_MEMORY or weights is None:
+        if weights is None or SAME_MEMORY.get(case) != previous:
             tag = case.replace(" ", "-")
-            saver.retain_cpu_backup = case == "retained"
+            saver.retain_cpu_backup = case.startswith("retained")
             weights = Weights(torch, saver, tag, count, size, region)
         pause, resume = [], []
         for cycle in range(warm + cycles):
+            if case in CHANGED:
+                weights.change()
             pause_s = timed(torch, lambda: saver.pause(tag))
             if region:
                 time.sleep(IDLE_S)
@@ -139,7 +157,7 @@ def run_child(shape: str, shrink: int, disk: str, cases: List[str]) -> None:
             if cycle >= warm:
                 pause.append(pause_s)
                 resume.append(resume_s)
-        right = case == "none" or weights.unchanged()
+        right = case in BY_TURNS or weights.unchanged()
         print(
             json.dumps(
                 {
@@ -152,8 +170,7 @@ def run_child(shape: str, shrink: int, disk: str, cases: List[str]) -> None:
             ),
             flush=True,
         )
-        following = cases[cases.index(case) + 1 :]
-        if not following or following[0] not in SAME_MEMORY:
+        if following is None or SAME_MEMORY.get(following) != case:
             weights = None
             drop(torch, saver, tag)
 
@@ -240,26 +257,26 @@ def interleave(
     options: argparse.Namespace,
     found: Dict[str, Dict[str, Any]],
 ) -> None:
-    """Measures "none" again, by turns, and keeps the median of all processes.
+    """Measures without a backup again, by turns, and keeps the median of all processes.
 
     These are milliseconds of driver calls, which differ more between two processes than between
     the two files.
     """
-    only_none = argparse.Namespace(**{**vars(options), "case": ["none"]})
-    times: Dict[str, Dict[str, List[float]]] = {
-        file: {"pause_s": [], "resume_s": []} for file in FILES
-    }
+    cases = [case for case in BY_TURNS if case in (options.case or CASES)]
+    these = argparse.Namespace(**{**vars(options), "case": cases})
+    measured: Dict[str, List[Dict[str, Any]]] = {file: [found[file]] for file in FILES}
     for round_number in range(ROUNDS):
         for file in FILES if round_number % 2 else FILES[::-1]:
-            again = measure(file, shape, packages[file], only_none, Path(options.disk or "."))
-            for part, values in times[file].items():
-                if "none" in again["cases"]:
-                    values.append(again["cases"]["none"][part])
-    for file, parts in times.items():
-        for part, values in parts.items():
-            if values and "none" in found[file]["cases"]:
-                values.append(found[file]["cases"]["none"][part])
-                found[file]["cases"]["none"][part] = statistics.median(values)
+            again = measure(file, shape, packages[file], these, Path(options.disk or "."))
+            measured[file].append(again)
+    for file in FILES:
+        for case in set(cases) & set(found[file]["cases"]):
+            entries = [each["cases"][case] for each in measured[file] if case in each["cases"]]
+            medians = {
+                part: statistics.median(entry[part] for entry in entries)
+                for part in ("pause_s", "resume_s")
+            }
+            found[file]["cases"][case].update(medians)
 
 
 def rate(entry: Optional[Dict[str, Any]], part: str, case: str) -> str:
@@ -268,7 +285,14 @@ def rate(entry: Optional[Dict[str, Any]], part: str, case: str) -> str:
     if not entry["bytes_right"]:
         return "WRONG BYTES"
     seconds = entry[f"{part}_s"]
-    return f"{seconds * 1e3:.1f} ms" if case == "none" else f"{entry['bytes'] / seconds / 1e9:.1f}"
+    if in_milliseconds(part, case):
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{entry['bytes'] / seconds / 1e9:.1f}"
+
+
+def in_milliseconds(part: str, case: str) -> bool:
+    """Whether a time says more than a rate, because nothing should be copied."""
+    return case in BY_TURNS or (part, case) == ("pause", "retained unchanged")
 
 
 def speedup(ours: Optional[Dict[str, Any]], theirs: Optional[Dict[str, Any]], part: str) -> str:
@@ -279,7 +303,7 @@ def speedup(ours: Optional[Dict[str, Any]], theirs: Optional[Dict[str, Any]], pa
 
 def table(measured: Dict[str, Dict[str, Dict[str, Any]]], cases: List[str]) -> str:
     lines = [
-        "GB/s; without backup: milliseconds. Ratio: time of the package / time of ours.",
+        "GB/s; where nothing should be copied: milliseconds. Ratio: time of the package / time of ours.",
         "",
         "| shape, MiB | backup | | ours | package | ratio | bare copy |",
         "|---|---|---|---|---|---|---|",
@@ -290,7 +314,7 @@ def table(measured: Dict[str, Dict[str, Dict[str, Any]]], cases: List[str]) -> s
             ours, theirs = (files[file]["cases"].get(case) for file in FILES)
             for part, direction in (("pause", "d2h"), ("resume", "h2d")):
                 bare = "-"
-                if ceilings and case != "none":
+                if ceilings and not in_milliseconds(part, case):
                     bare = f"{statistics.median(c[direction] for c in ceilings):.1f}"
                 lines.append(
                     f"| {shape} | {case} | {part} | {rate(ours, part, case)} | "
@@ -350,7 +374,7 @@ def main() -> int:
                     measured[shape][file] = measure(file, shape, packages[file], options, disk)
                 finally:
                     shutil.rmtree(disk, ignore_errors=True)
-            if "none" in cases:
+            if not set(BY_TURNS).isdisjoint(cases):
                 interleave(shape, packages, options, measured[shape])
     seconds = time.monotonic() - started
     complete = all(

@@ -2,4 +2,5 @@
 
 pub mod human;
 pub mod model;
+pub mod random;
 pub mod safetensors;

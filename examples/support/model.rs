@@ -8,6 +8,8 @@ use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 
 use serde_json::{Map, json};
 
+use super::random::Random;
+
 /// Bytes of one weight matrix; the size of a real 4096 × 4096 BF16 matrix.
 const MATRIX: u64 = 4096 * 4096 * 2;
 
@@ -49,7 +51,7 @@ pub fn write(file: &mut File, bytes: u64) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, &mut *file);
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
-    let mut random = Random::new();
+    let mut random = Random::new(RandomState::new().build_hasher().finish());
     let mut block = vec![0; 1 << 20];
     let mut left = bytes;
     while left > 0 {
@@ -62,25 +64,6 @@ pub fn write(file: &mut File, bytes: u64) -> io::Result<()> {
     drop(out);
     file.seek(SeekFrom::Start(0))?;
     Ok(())
-}
-
-/// The splitmix64 generator: fast, and random enough that no two blocks are alike.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        Random(RandomState::new().build_hasher().finish())
-    }
-
-    fn fill(&mut self, block: &mut [u8]) {
-        for word in block.chunks_mut(8) {
-            self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            word.copy_from_slice(&(z ^ (z >> 31)).to_le_bytes()[..word.len()]);
-        }
-    }
 }
 
 #[cfg(test)]

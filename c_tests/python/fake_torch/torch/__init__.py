@@ -5,7 +5,8 @@ test, or numpy, has allocated; streams and graphs do their work at once.
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -13,20 +14,32 @@ from . import version  # noqa: F401
 from ._memory import OutOfMemoryError, Storage  # noqa: F401
 
 uint8, int64, float32 = np.dtype("u1"), np.dtype("i8"), np.dtype("f4")
+strided = "strided"
 
 
 class device:
-    def __init__(self, name: str) -> None:
-        self.type = name.split(":")[0]
+    def __init__(self, name: Any) -> None:
+        self.type, _, index = str(name).partition(":")
+        self.index = int(index) if index else None
+
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, device) and other.type == self.type
+        return isinstance(other, device) and str(other) == str(self)
 
 
 class Tensor:
-    def __init__(self, array: np.ndarray, place: str, storage: Optional[Storage] = None) -> None:
+    layout = strided
+    is_quantized = False
+    requires_grad = False
+    #: Counts changes in place; copies that PyTorch made; whether the host memory is pinned.
+    version = copies = 0
+    pinned = False
+
+    def __init__(self, array: np.ndarray, place: Any, storage: Optional[Storage] = None) -> None:
         self.array = array
-        self.place = place.split(":")[0]
+        self.place = "cuda:0" if str(place) == "cuda" else str(place)
         self.storage = storage
 
     def _like(self, array: np.ndarray) -> "Tensor":
@@ -41,7 +54,7 @@ class Tensor:
     dtype = property(lambda self: self.array.dtype)
     shape = property(lambda self: self.array.shape)
     nbytes = property(lambda self: self.array.nbytes)
-    is_cuda = property(lambda self: self.place == "cuda")
+    is_cuda = property(lambda self: self.place.startswith("cuda"))
     is_xpu = False
 
     def is_contiguous(self) -> bool:
@@ -49,6 +62,41 @@ class Tensor:
 
     def stride(self) -> Tuple[int, ...]:
         return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def numel(self) -> int:
+        return int(self.array.size)
+
+    def element_size(self) -> int:
+        return int(self.array.itemsize)
+
+    def is_conj(self) -> bool:
+        return False
+
+    def is_neg(self) -> bool:
+        return False
+
+    def is_inference(self) -> bool:
+        return False
+
+    def is_pinned(self) -> bool:
+        return self.pinned
+
+    def detach(self) -> "Tensor":
+        return self._like(self.array)
+
+    def contiguous(self) -> "Tensor":
+        return self if self.is_contiguous() else self._fresh(self.array)
+
+    def reshape(self, *shape: int) -> "Tensor":
+        return self._like(self.array.reshape(shape))
+
+    def as_strided(self, size: Tuple[int, ...], stride: Tuple[int, ...]) -> "Tensor":
+        steps = tuple(step * self.array.itemsize for step in stride)
+        return self._like(np.lib.stride_tricks.as_strided(self.array, size, steps))
+
+    def to(self, place: Any, non_blocking: bool = False) -> "Tensor":
+        told.append(self.data_ptr())
+        return empty(*self.shape, dtype=self.dtype, device=str(place)).copy_(self)
 
     def data_ptr(self) -> int:
         return int(self.array.__array_interface__["data"][0])
@@ -70,6 +118,7 @@ class Tensor:
 
     def copy_(self, other: "Tensor", non_blocking: bool = False) -> "Tensor":
         self.array[...] = other.array
+        self.copies += 1
         return self
 
     def fill_(self, value: float) -> "Tensor":
@@ -120,6 +169,43 @@ class Tensor:
         return self._fresh(self.array + getattr(other, "array", other))
 
 
+#: Addresses of memory whose copies PyTorch's allocator was told of.
+told: List[int] = []
+
+
+class nn:
+    class Parameter(Tensor):
+        pass
+
+
+class autograd:
+    class graph:
+        @staticmethod
+        def increment_version(tensor: Tensor) -> None:
+            tensor.version += 1
+
+
+grad_enabled = False
+
+
+def is_grad_enabled() -> bool:
+    return grad_enabled
+
+
+@contextmanager
+def enable_grad() -> Iterator[None]:
+    global grad_enabled
+    grad_enabled = True
+    try:
+        yield
+    finally:
+        grad_enabled = False
+
+
+def is_inference_mode_enabled() -> bool:
+    return False
+
+
 def empty(*shape: Any, dtype: Any = float32, device: str = "cpu", **_: Any) -> Tensor:
     if device.startswith("cuda"):
         storage = Storage(int(np.prod(shape)) * np.dtype(dtype).itemsize)
@@ -138,7 +224,25 @@ def randn(*shape: int, device: str) -> Tensor:
     return empty(*shape, device=device).normal_()
 
 
-def arange(low: int, high: int, dtype: Any, device: str) -> Tensor:
+def empty_like(like: Tensor, device: Any, pin_memory: bool = False, **_: Any) -> Tensor:
+    result = empty(*like.shape, dtype=like.dtype, device=str(device))
+    result.pinned = pin_memory
+    return result
+
+
+def full(shape: Tuple[int, ...], value: Any, dtype: Any, device: str) -> Tensor:
+    result = empty(*shape, dtype=dtype, device=device)
+    result.array[...] = value
+    return result
+
+
+def stack(tensors: List[Tensor], dim: int) -> Tensor:
+    return Tensor(np.stack([tensor.array for tensor in tensors], dim), "cpu")
+
+
+def arange(low: int, high: Optional[int] = None, *, dtype: Any, device: str) -> Tensor:
+    if high is None:
+        low, high = 0, low
     result = empty(high - low, dtype=dtype, device=device)
     result.array[...] = np.arange(low, high)
     return result

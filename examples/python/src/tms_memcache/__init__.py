@@ -1,11 +1,19 @@
 """Pause and resume GPU memory: the Python binding of ``libtms_memcache.so``.
 
 Regions are per thread and say how memory allocated in them is kept; a :class:`Saver` allocates,
-pauses and resumes. Every failure is a :class:`TmsError` with the library's own message.
+pauses and resumes. :func:`cuda_copy_` and its kin copy PyTorch tensors. Every failure is a
+:class:`TmsError` with the library's own message.
 """
 
 from ._errors import LibraryNotFound, TmsError
 from ._library import library_path, version
+from .copies import (
+    cuda_copy_,
+    cuda_copy_d2d,
+    cuda_copy_d2h,
+    cuda_copy_h2d,
+    is_cuda_memcpy_available,
+)
 from .logs import forward_logs, stop_forwarding_logs
 from .saver import (
     Allocation,
@@ -35,9 +43,14 @@ __all__ = [
     "State",
     "Stats",
     "TmsError",
+    "cuda_copy_",
+    "cuda_copy_d2d",
+    "cuda_copy_d2h",
+    "cuda_copy_h2d",
     "device_count",
     "device_info",
     "forward_logs",
+    "is_cuda_memcpy_available",
     "library_path",
     "region",
     "shutdown",

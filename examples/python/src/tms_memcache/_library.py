@@ -32,6 +32,7 @@ REGION_PEER_ACCESS = 2
 REGION_RETAIN = 4
 REGION_DISABLED = 8
 PAUSE_SKIP_EXPORTED = 1
+DEVICE_CUDA = 1
 DEVICE_CAN_EXPORT = 1
 DEVICE_RDMA = 2
 
@@ -107,6 +108,7 @@ class ResultRecord(Structure):
         ("shortfall_bytes", c_uint64),
         ("failures", POINTER(FailureRecord)),
         ("failures_capacity", c_size_t),
+        ("unchanged_bytes", c_uint64),
     ]
 
 
@@ -180,6 +182,22 @@ _SIGNATURES = {
     "tms_saver_export": (_STATUS, [_SAVER, c_void_p, POINTER(c_int32), POINTER(c_uint64)]),
 }
 
+_ENGINE = c_void_p
+_CERTAIN = POINTER(c_uint64)
+_BYTES = [_ENGINE, c_void_p, c_void_p, c_size_t]
+_ROWS = [_ENGINE, c_void_p, c_size_t, c_void_p, c_size_t, c_size_t, c_size_t]
+_PIECES = [_ENGINE, c_void_p, c_size_t]
+
+#: Functions that a library of this ABI version may lack, because it is older.
+_COPIES = {
+    "tms_memcpy": (_STATUS, [*_BYTES, _CERTAIN]),
+    "tms_memcpy_on_stream": (_STATUS, [*_BYTES, c_void_p]),
+    "tms_memcpy_2d": (_STATUS, [*_ROWS, _CERTAIN]),
+    "tms_memcpy_2d_on_stream": (_STATUS, [*_ROWS, c_void_p]),
+    "tms_memcpy_batch": (_STATUS, [*_PIECES, _CERTAIN]),
+    "tms_memcpy_batch_on_stream": (_STATUS, [*_PIECES, c_void_p]),
+}
+
 
 def candidates(name: str = LIBRARY) -> List[Path]:
     """Where ``name`` is looked for, best first. The files need not exist."""
@@ -232,10 +250,19 @@ def load() -> ctypes.CDLL:
             raise LibraryNotFound(f"{path} has no {name}: it is not a {LIBRARY}") from error
         function.restype = result
         function.argtypes = arguments
+    for name, (result, arguments) in _COPIES.items():
+        if hasattr(library, name):
+            getattr(library, name).restype = result
+            getattr(library, name).argtypes = arguments
     found = library.tms_abi_version()
     if found != ABI_VERSION:
         raise LibraryNotFound(f"{path} has ABI version {found}, this binding needs {ABI_VERSION}")
     return library
+
+
+def has_copies() -> bool:
+    """Whether the loaded library has the explicit copies."""
+    return all(hasattr(load(), name) for name in _COPIES)
 
 
 def library_path() -> str:

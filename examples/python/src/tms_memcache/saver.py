@@ -48,7 +48,8 @@ class Result:
     """What a pause or resume did. ``unchanged_count`` were already in the wanted state.
 
     ``shortfall_bytes``: memory that was released and did not become free on the device, because
-    something else holds it. ``failures`` lists at most 256; ``failed_count`` counts all.
+    something else holds it. ``unchanged_bytes``: what a retained backup had already, and a pause
+    did not copy again. ``failures`` lists at most 256; ``failed_count`` counts all.
     """
 
     done_count: int
@@ -58,6 +59,7 @@ class Result:
     failed_count: int
     shortfall_bytes: int
     failures: Tuple[Failure, ...]
+    unchanged_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,7 @@ class _ResultRecord:
                 Failure(failure.address or 0, failure.bytes, failure.status)
                 for failure in self._failures[:listed]
             ),
+            unchanged_bytes=record.unchanged_bytes,
         )
 
 

@@ -31,6 +31,12 @@ def use_mem_pool(pool: MemPool, device: Any = None) -> Iterator[None]:
 
 
 class Stream:
+    #: The handle of the default stream.
+    cuda_stream = 0
+
+    def synchronize(self) -> None:
+        pass
+
     def wait_stream(self, other: "Stream") -> None:
         pass
 
@@ -41,7 +47,7 @@ def stream(_: Stream) -> Iterator[None]:
 
 
 @contextmanager
-def device(_: int) -> Iterator[None]:
+def device(_: Any) -> Iterator[None]:
     yield
 
 
@@ -78,8 +84,12 @@ def current_device() -> int:
     return 0
 
 
-def current_stream() -> Stream:
+def current_stream(_: Any = None) -> Stream:
     return Stream()
+
+
+def is_current_stream_capturing() -> bool:
+    return False
 
 
 def synchronize(_: Any = None) -> None:
