@@ -197,7 +197,7 @@ impl Arena {
         }];
         self.check_limits(bytes)?;
         self.grow(device, plan, false)?
-            .1
+            .blocks
             .pop()
             .map(|(_, block)| block)
             .ok_or_else(|| Error::new(ErrorKind::Internal, "a chunk without its block"))
@@ -218,7 +218,7 @@ impl Arena {
         }
         let plan = plan_chunks(&missing)?;
         self.check_limits(total_of(&plan)?)?;
-        for (index, block) in self.grow(device, plan, false)?.1 {
+        for (index, block) in self.grow(device, plan, false)?.blocks {
             blocks[index] = Some(block);
         }
         Ok(blocks.into_iter().flatten().collect())
@@ -286,13 +286,8 @@ impl Arena {
     }
 
     /// Maps the planned chunks, takes their blocks from their beginnings, and has them populated
-    /// and registered. Blocks come with what the plan calls them.
-    fn grow(
-        &self,
-        device: &Arc<dyn Device>,
-        plan: Vec<Planned>,
-        ahead: bool,
-    ) -> Result<(Arc<Growth>, Vec<(usize, Block)>)> {
+    /// and registered.
+    fn grow(&self, device: &Arc<dyn Device>, plan: Vec<Planned>, ahead: bool) -> Result<Grown> {
         let total = total_of(&plan)?;
         let mut base = pages::map(total)?;
         pages::keep_from_children(base, total);
@@ -316,7 +311,7 @@ impl Arena {
         drop(state);
         let growth = Growth::new(self, device, chunks, ahead);
         growth.start();
-        Ok((growth, blocks))
+        Ok(Grown { growth, blocks })
     }
 
     /// Asks for a growing chunk before it is touched. `ahead`: also if nobody has a block of it.
@@ -483,8 +478,8 @@ impl Arena {
                 parts: Vec::new(),
             })
             .collect();
-        let (growth, _) = self.grow(device, plan, true)?;
-        growth.wait(|bytes| control.advance(bytes as u64))
+        let grown = self.grow(device, plan, true)?;
+        grown.growth.wait(|bytes| control.advance(bytes as u64))
     }
 
     /// What stays pinned while nobody uses it.
@@ -691,6 +686,12 @@ impl Drop for Block {
         self.arena
             .give_back(self.base, self.offset, self.bytes, self.at_once);
     }
+}
+
+/// Chunks on their way, and their blocks, with what the plan called them.
+struct Grown {
+    growth: Arc<Growth>,
+    blocks: Vec<(usize, Block)>,
 }
 
 /// A chunk to be made, and the blocks at its beginning: what they are called, and their sizes.
