@@ -801,6 +801,8 @@ fn a_driver_that_only_fails_gives_statuses() {
             let platform = CudaPlatform::open().unwrap();
             let device = platform.cuda_device(0).unwrap();
             let host = pages(2 * MIB as usize);
+            // The first use of a peer retains its context.
+            use_everything(&device, host).unwrap();
             fake.reset();
             use_everything(&device, host).unwrap();
             let calls = fake.count();
