@@ -387,7 +387,8 @@ typedef struct {
      */
     char name[128];
     /**
-     * Driver functions that are missing, separated by commas; the features that need them are off.
+     * Driver functions that are missing, and "kernels" where those of this library cannot run,
+     * separated by commas; the features that need them are off.
      */
     char missing[256];
 } tms_device_info_t;
