@@ -62,8 +62,20 @@ fn main() {
         "tms.h",
         config("TMS_H", TMS_PROSE),
         &[
-            "status", "log", "device", "region", "options", "result", "op", "saver", "pinned",
-            "torch", "shutdown",
+            "status",
+            "log",
+            "device",
+            "region",
+            "options",
+            "result",
+            "op",
+            "saver",
+            "pinned",
+            "transfer",
+            "copy",
+            "copy_many",
+            "torch",
+            "shutdown",
         ],
     );
     generate(
