@@ -5,9 +5,12 @@
  * memory of all allocations with a tag; their addresses stay reserved, so every pointer, tensor and
  * CUDA graph stays valid. A resume puts memory and contents back.
  *
+ * tms_memcpy and its kin copy between any two places, device memory, pinned and pageable host memory,
+ * at the speed of the bus: one piece, many, or rows; waiting, on a stream, or as an operation.
+ *
  * Ownership
- *   Handles (tms_saver_t, tms_op_t) are made by one function and freed by one; freeing NULL does
- *   nothing. Strings that go in are copied. Strings that come out belong to the library and are
+ *   Handles (tms_saver_t, tms_op_t, tms_transfer_engine_t) are made by one function and freed by
+ *   one; freeing NULL does nothing. Strings that go in are copied. Strings that come out belong to the library and are
  *   valid as long as their function says. Memory from malloc functions is freed by the matching
  *   free function of the same saver.
  *
@@ -293,6 +296,26 @@
 #define TMS_ALLOCATION_EXPORTED 2
 
 /**
+ * Ordinary host memory, or an address that nothing is known of.
+ */
+#define TMS_MEMORY_PAGEABLE 0
+
+/**
+ * Host memory that the driver allocated or that is registered with it.
+ */
+#define TMS_MEMORY_PINNED 1
+
+/**
+ * Memory that the driver moves between host and device.
+ */
+#define TMS_MEMORY_MANAGED 2
+
+/**
+ * Memory of a device.
+ */
+#define TMS_MEMORY_DEVICE 3
+
+/**
  * A running or ended operation. Belongs to the caller, who frees it with tms_op_free.
  */
 typedef struct tms_op_t tms_op_t;
@@ -301,6 +324,12 @@ typedef struct tms_op_t tms_op_t;
  * Owns allocations. Made by tms_saver_create, or the default one of the process.
  */
 typedef struct tms_saver_t tms_saver_t;
+
+/**
+ * Copies bytes. Made by tms_transfer_engine_create; NULL stands for the engine of the process, which
+ * the default saver uses too.
+ */
+typedef struct tms_transfer_engine_t tms_transfer_engine_t;
 
 /**
  * Receives log records. `user` is what was registered; `level` is one of the TMS_LOG constants;
@@ -435,7 +464,8 @@ typedef struct {
      */
     uint64_t done_bytes;
     /**
-     * Bytes copied to or from backups.
+     * Bytes copied to or from backups. Of a copy: how many bytes, from its beginning, are certain to
+     * be in place; its other counts are 0.
      */
     uint64_t copied_bytes;
     /**
@@ -608,6 +638,91 @@ typedef struct {
     char tag[256];
 } tms_allocation_info_t;
 
+/**
+ * How an engine is made. Zero-fill it, then set struct_size.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * Must be 0.
+     */
+    uint32_t flags;
+    /**
+     * "auto", "cuda" or "host"; NULL: the devices of the default saver.
+     */
+    const char *device;
+    /**
+     * Threads that copy to and from pageable memory, at most. 0: as many as are of use; more than
+     * there are cores, or than 16, are never started.
+     */
+    uint32_t threads;
+    /**
+     * Number of devices.
+     */
+    uint32_t device_count;
+    /**
+     * Ordinals of the devices that copies may use; with device_count 0 all, and this may be NULL.
+     */
+    const int32_t *devices;
+    /**
+     * Pinned memory that bytes pass through on their way to and from pageable memory, bytes, up to
+     * 1 TiB; rounded up to whole slots of 2 MiB, at least two. 0: 64 MiB. It is taken when first
+     * needed.
+     */
+    uint64_t staging_bytes;
+} tms_transfer_options_t;
+
+/**
+ * What memory a pointer is. Set struct_size before the call.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * A TMS_MEMORY constant.
+     */
+    int32_t kind;
+    /**
+     * Ordinal of the device, −1 unless kind is TMS_MEMORY_DEVICE.
+     */
+    int32_t device;
+    /**
+     * 0.
+     */
+    uint32_t reserved;
+    /**
+     * First byte of the memory around the pointer; for pageable memory the pointer itself.
+     */
+    void *start;
+    /**
+     * Bytes from start; 0 if not known, which is so for pageable memory.
+     */
+    uint64_t bytes;
+} tms_pointer_info_t;
+
+/**
+ * One piece of a batch.
+ */
+typedef struct {
+    /**
+     * Where the bytes go.
+     */
+    void *dst;
+    /**
+     * Where they come from.
+     */
+    const void *src;
+    /**
+     * How many; 0 is fine.
+     */
+    size_t bytes;
+} tms_copy_t;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -729,7 +844,7 @@ int32_t tms_op_wait(const tms_op_t *op,
                     uint64_t timeout_ms);
 
 /**
- * How far the operation is, in bytes copied to or from backups.
+ * How far the operation is, in bytes copied.
  *
  * `op`, `done_bytes`, `total_bytes`: not NULL. The total is 0 until the selection is known, and
  * stays 0 if nothing has to be copied. Any thread.
@@ -963,6 +1078,339 @@ int32_t tms_saver_export(const tms_saver_t *saver,
                          const void *pointer,
                          int32_t *fd,
                          uint64_t *bytes);
+
+/**
+ * Makes an engine with threads, staging memory and a transfer table of its own.
+ *
+ * `options` may be NULL. `engine` receives the handle, to be freed with tms_transfer_engine_free;
+ * not NULL. Nothing is allocated on a device, and no thread started, before the first copy. Any
+ * thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT naming the field, or why no device
+ * can be used (TMS_ERR_NO_DEVICE, TMS_ERR_DEVICE).
+ */
+int32_t tms_transfer_engine_create(const tms_transfer_options_t *options,
+                                   tms_transfer_engine_t **engine);
+
+/**
+ * Frees an engine: waits for copies on streams that use its memory, then gives that memory back. No
+ * other call may use the handle any more.
+ *
+ * `engine` may be NULL.
+ *
+ * Returns TMS_OK; TMS_ERR_BUSY while an operation of the engine runs (nothing was freed);
+ * TMS_ERR_FORKED; TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_transfer_engine_free(tms_transfer_engine_t *engine);
+
+/**
+ * What kind of memory a pointer is. One question to the driver; nothing is read at the address.
+ *
+ * `engine`: NULL for the engine of the process. `pointer`: any address, NULL too. `info` is filled;
+ * not NULL, its struct_size must be set. Any thread.
+ *
+ * Returns TMS_OK; TMS_ERR_INVALID_ARGUMENT for addresses that are reserved for device memory and
+ * have none, such as those of a paused allocation; TMS_ERR_NULL_POINTER; TMS_ERR_DEVICE; or why no
+ * device can be used.
+ */
+int32_t tms_pointer_query(const tms_transfer_engine_t *engine,
+                          const void *pointer,
+                          tms_pointer_info_t *info);
+
+/**
+ * By which method a device copies pieces of which size, and how fast each was when measured.
+ *
+ * Scattered copies choose for each piece among a kernel that reads a list of pieces ("kernel"), one
+ * call of the driver for many ("batch") and one call for each ("plain"). The choice is measured on
+ * the device when the first batch needs it, which takes some milliseconds and 16 MiB of device
+ * memory for that time, and kept while the engine lives; this function measures if that was not done
+ * yet. A single piece is always copied plainly, and so is everything in a stream capture.
+ *
+ * `engine`: NULL for the engine of the process. `device`: an ordinal. `text`: receives lines like
+ * `h2d:4096=kernel plain:1.428 batch:3.911 kernel:48.640`, NUL-terminated: direction (h2d, d2h,
+ * d2d), the largest piece of the class in bytes (or max), the method chosen, and what was measured in
+ * 10⁹ bytes a second. NULL if capacity is 0. `capacity`: bytes of text; if the whole does not fit,
+ * nothing is written to it. `needed` receives the bytes of the whole with its end; may be NULL. Any
+ * thread.
+ *
+ * Returns TMS_OK; TMS_ERR_INVALID_ARGUMENT (no such device, a capacity that is not 0 and too small,
+ * or a wrong TMS_TRANSFER_TABLE); TMS_ERR_NULL_POINTER; why it could not be measured
+ * (TMS_ERR_OUT_OF_DEVICE_MEMORY, TMS_ERR_OUT_OF_HOST_MEMORY, TMS_ERR_DEVICE).
+ */
+int32_t tms_transfer_table_get(const tms_transfer_engine_t *engine,
+                               int32_t device,
+                               char *text,
+                               size_t capacity,
+                               size_t *needed);
+
+/**
+ * Chooses methods instead of what was or will be measured. The environment variable
+ * TMS_TRANSFER_TABLE does the same for all devices of all engines, with the same text.
+ *
+ * `engine`: NULL for the engine of the process. `device`: an ordinal. `text`: entries like
+ * `h2d:4096=kernel`, separated by commas or line ends; what follows an entry after a space is
+ * skipped, so that the text of tms_transfer_table_get can be given back. Sizes are 4096, 16384,
+ * 65536, 262144, 1048576 and max. What is not named stays as it is. A method that the device does not
+ * have is replaced by the next one that it has: kernel, batch, plain. Not NULL. Any thread.
+ *
+ * Returns TMS_OK; TMS_ERR_INVALID_ARGUMENT quoting the entry (nothing was changed);
+ * TMS_ERR_NULL_POINTER; or why no device can be used.
+ */
+int32_t tms_transfer_table_set(const tms_transfer_engine_t *engine,
+                               int32_t device,
+                               const char *text);
+
+/**
+ * Copies bytes between any two places and waits: device memory, pinned, managed and pageable host
+ * memory. The direction follows from the pointers.
+ *
+ * `engine`: NULL for the engine of the process. `dst`, `src`: any alignment. They may lie anywhere in
+ * their allocations, but must not leave them; neighbouring mappings of one device count as one. The
+ * two ranges must not overlap. `bytes`: 0 is fine and touches nothing, with any pointers. `certain`
+ * receives, on success and on failure, how many bytes from the beginning are certain to be in place;
+ * may be NULL.
+ *
+ * Work that streams have queued on the memory is not waited for: synchronise first, or use the form
+ * with a stream. Memory of one device is copied to another directly where they can reach each other,
+ * else through the host. Pageable memory passes through pinned staging memory, by several threads.
+ * Any thread; several at once.
+ *
+ * Returns TMS_OK; TMS_ERR_NULL_POINTER naming dst or src; TMS_ERR_INVALID_ARGUMENT naming dst or src
+ * (it leaves its memory, and by how many bytes; there is no memory, because it was freed or is
+ * paused; the ranges overlap; memory of a device that the engine was not made for);
+ * TMS_ERR_OUT_OF_HOST_MEMORY (no staging memory); TMS_ERR_DEVICE, TMS_ERR_DEVICE_LOST; or why no
+ * device can be used.
+ */
+int32_t tms_memcpy(const tms_transfer_engine_t *engine,
+                   void *dst,
+                   const void *src,
+                   size_t bytes,
+                   uint64_t *certain);
+
+/**
+ * tms_memcpy in the order of a stream: after the work queued there before, and before the work
+ * queued there later.
+ *
+ * `engine`, `dst`, `src`, `bytes` as for tms_memcpy. `stream`: a CUstream (or cudaStream_t) of the
+ * thread's current device, or of the device of the memory if that is another one; NULL for the legacy
+ * default stream. Any thread.
+ *
+ * Device, pinned and managed memory is copied when the stream gets there: it must stay valid, and the
+ * bytes are not certain, until then. Where a side is pageable, the call reads the source, or brings
+ * the bytes to their destination, before it returns; for the latter, and for copies between places on
+ * the host, it waits for the stream. While the stream is being captured, copies of device and pinned
+ * memory become part of the graph and others are refused.
+ *
+ * Returns as tms_memcpy; TMS_ERR_CAPTURE for what cannot be captured. After an error, how much was
+ * queued is not known.
+ */
+int32_t tms_memcpy_on_stream(const tms_transfer_engine_t *engine,
+                             void *dst,
+                             const void *src,
+                             size_t bytes,
+                             void *stream);
+
+/**
+ * tms_memcpy on a thread of the library.
+ *
+ * `engine`, `dst`, `src`, `bytes` as for tms_memcpy; the memory must stay valid until the operation
+ * has ended. `op` receives the operation, to be freed with tms_op_free; not NULL. Copies of an engine
+ * run in the order they were started. tms_op_progress counts bytes; tms_op_wait returns what
+ * tms_memcpy would have, argument errors included; copied_bytes of tms_op_result is how many bytes
+ * are certain.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER (op), TMS_ERR_FORKED, TMS_ERR_SHUTDOWN, TMS_ERR_IO (no thread
+ * or descriptor), or why no device can be used.
+ */
+int32_t tms_memcpy_async(const tms_transfer_engine_t *engine,
+                         void *dst,
+                         const void *src,
+                         size_t bytes,
+                         tms_op_t **op);
+
+/**
+ * tms_memcpy from host memory to memory of a device: src must be host memory, dst memory of a device; managed memory
+ * may stand for either.
+ *
+ * Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
+ * memory of the other kind.
+ */
+int32_t tms_memcpy_h2d(const tms_transfer_engine_t *engine,
+                       void *dst,
+                       const void *src,
+                       size_t bytes,
+                       uint64_t *certain);
+
+/**
+ * tms_memcpy_h2d in the order of a stream. Parameters, rules and errors as for tms_memcpy_on_stream.
+ */
+int32_t tms_memcpy_h2d_on_stream(const tms_transfer_engine_t *engine,
+                                 void *dst,
+                                 const void *src,
+                                 size_t bytes,
+                                 void *stream);
+
+/**
+ * tms_memcpy_h2d on a thread of the library. Parameters and errors as for tms_memcpy_async.
+ */
+int32_t tms_memcpy_h2d_async(const tms_transfer_engine_t *engine,
+                             void *dst,
+                             const void *src,
+                             size_t bytes,
+                             tms_op_t **op);
+
+/**
+ * tms_memcpy from memory of a device to host memory: src must be memory of a device, dst host memory; managed memory
+ * may stand for either.
+ *
+ * Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
+ * memory of the other kind.
+ */
+int32_t tms_memcpy_d2h(const tms_transfer_engine_t *engine,
+                       void *dst,
+                       const void *src,
+                       size_t bytes,
+                       uint64_t *certain);
+
+/**
+ * tms_memcpy_d2h in the order of a stream. Parameters, rules and errors as for tms_memcpy_on_stream.
+ */
+int32_t tms_memcpy_d2h_on_stream(const tms_transfer_engine_t *engine,
+                                 void *dst,
+                                 const void *src,
+                                 size_t bytes,
+                                 void *stream);
+
+/**
+ * tms_memcpy_d2h on a thread of the library. Parameters and errors as for tms_memcpy_async.
+ */
+int32_t tms_memcpy_d2h_async(const tms_transfer_engine_t *engine,
+                             void *dst,
+                             const void *src,
+                             size_t bytes,
+                             tms_op_t **op);
+
+/**
+ * tms_memcpy from memory of a device to memory of the same or another device: both must be memory of devices; managed memory
+ * may stand for either.
+ *
+ * Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
+ * memory of the other kind.
+ */
+int32_t tms_memcpy_d2d(const tms_transfer_engine_t *engine,
+                       void *dst,
+                       const void *src,
+                       size_t bytes,
+                       uint64_t *certain);
+
+/**
+ * tms_memcpy_d2d in the order of a stream. Parameters, rules and errors as for tms_memcpy_on_stream.
+ */
+int32_t tms_memcpy_d2d_on_stream(const tms_transfer_engine_t *engine,
+                                 void *dst,
+                                 const void *src,
+                                 size_t bytes,
+                                 void *stream);
+
+/**
+ * tms_memcpy_d2d on a thread of the library. Parameters and errors as for tms_memcpy_async.
+ */
+int32_t tms_memcpy_d2d_async(const tms_transfer_engine_t *engine,
+                             void *dst,
+                             const void *src,
+                             size_t bytes,
+                             tms_op_t **op);
+
+/**
+ * Copies many pieces, of any sizes and any mix of directions, and waits.
+ *
+ * `engine`: NULL for the engine of the process. `copies`: `count` entries; may be NULL if count is 0.
+ * Each is a copy by the rules of tms_memcpy. Pieces are copied in any order and at the same time, so
+ * what a byte holds is not defined where a destination overlaps another destination or another source.
+ * Neighbours are joined; pieces that a device reaches by itself are copied by the method that its
+ * transfer table has for their size (tms_transfer_table_get), others are packed into staging memory.
+ * `certain` receives, on success and on failure, how many bytes of the concatenation of all pieces,
+ * from its beginning, are certain to be in place; may be NULL. Any thread; several at once.
+ *
+ * Arguments are checked in steps, the first of 512 pieces, while earlier pieces are being copied:
+ * when a later piece is refused, earlier steps were copied.
+ *
+ * Returns as tms_memcpy, with the number of the piece in the message; TMS_ERR_NULL_POINTER also for
+ * copies; TMS_ERR_INVALID_ARGUMENT also for a wrong TMS_TRANSFER_TABLE.
+ */
+int32_t tms_memcpy_batch(const tms_transfer_engine_t *engine,
+                         const tms_copy_t *copies,
+                         size_t count,
+                         uint64_t *certain);
+
+/**
+ * tms_memcpy_batch in the order of a stream. `copies` is not needed any more when this returns; for
+ * the memory, and for `stream`, the rules of tms_memcpy_on_stream hold. Pieces of other devices than
+ * the stream's are ordered by events.
+ *
+ * Returns as tms_memcpy_batch; TMS_ERR_CAPTURE for what cannot be captured.
+ */
+int32_t tms_memcpy_batch_on_stream(const tms_transfer_engine_t *engine,
+                                   const tms_copy_t *copies,
+                                   size_t count,
+                                   void *stream);
+
+/**
+ * tms_memcpy_batch on a thread of the library. `copies` is not needed any more when this returns.
+ * Other parameters and errors as for tms_memcpy_async; TMS_ERR_NULL_POINTER also for copies.
+ */
+int32_t tms_memcpy_batch_async(const tms_transfer_engine_t *engine,
+                               const tms_copy_t *copies,
+                               size_t count,
+                               tms_op_t **op);
+
+/**
+ * Copies `height` rows of `width` bytes, which begin `dst_pitch` and `src_pitch` bytes apart, and
+ * waits. The direction follows from the pointers.
+ *
+ * `engine`: NULL for the engine of the process. `dst`, `src`: the first byte of the first row, by the
+ * rules of tms_memcpy for everything up to the end of the last row. No row may overlap a row of the
+ * other side; columns of one matrix (the same pitch) may be copied to others of its columns. Pitches
+ * must not be less than the width, unless there is only one row. A width or height of 0 is fine and
+ * touches nothing. Bytes between the rows are not changed. `certain` receives, on success and on
+ * failure, how many bytes of the rows, in order, are certain to be in place; may be NULL. Any thread.
+ *
+ * Returns as tms_memcpy; TMS_ERR_INVALID_ARGUMENT also naming dst_pitch, src_pitch or height.
+ */
+int32_t tms_memcpy_2d(const tms_transfer_engine_t *engine,
+                      void *dst,
+                      size_t dst_pitch,
+                      const void *src,
+                      size_t src_pitch,
+                      size_t width,
+                      size_t height,
+                      uint64_t *certain);
+
+/**
+ * tms_memcpy_2d in the order of a stream. Rules of memory and `stream` as for tms_memcpy_on_stream,
+ * other parameters and errors as for tms_memcpy_2d.
+ */
+int32_t tms_memcpy_2d_on_stream(const tms_transfer_engine_t *engine,
+                                void *dst,
+                                size_t dst_pitch,
+                                const void *src,
+                                size_t src_pitch,
+                                size_t width,
+                                size_t height,
+                                void *stream);
+
+/**
+ * tms_memcpy_2d on a thread of the library. `op` and errors as for tms_memcpy_async, other parameters
+ * as for tms_memcpy_2d.
+ */
+int32_t tms_memcpy_2d_async(const tms_transfer_engine_t *engine,
+                            void *dst,
+                            size_t dst_pitch,
+                            const void *src,
+                            size_t src_pitch,
+                            size_t width,
+                            size_t height,
+                            tms_op_t **op);
 
 /**
  * Sets the tag of allocations that the calling thread makes from now on.

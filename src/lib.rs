@@ -20,3 +20,4 @@ pub mod transfer;
 
 pub use allocator::{Op, Outcome, PauseOptions, Region, ResumeOptions, Saver, Summary, TagStats};
 pub use error::{Error, ErrorKind, Result};
+pub use transfer::copy::{Copier, Way};

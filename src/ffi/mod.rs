@@ -11,6 +11,8 @@
 
 mod argument;
 pub mod compat;
+mod copy;
+mod copy_many;
 mod device;
 mod fence;
 mod forward;
@@ -24,7 +26,10 @@ mod saver;
 mod shutdown;
 mod status;
 mod torch;
+mod transfer;
 
+pub use copy::*;
+pub use copy_many::*;
 pub use device::*;
 pub use log::*;
 pub use memcache::*;
@@ -36,3 +41,4 @@ pub use saver::*;
 pub use shutdown::*;
 pub use status::*;
 pub use torch::*;
+pub use transfer::*;

@@ -114,7 +114,7 @@ pub unsafe extern "C" fn tms_op_wait(op: *const tms_op_t, timeout_ms: u64) -> i3
     })
 }
 
-/// How far the operation is, in bytes copied to or from backups.
+/// How far the operation is, in bytes copied.
 ///
 /// `op`, `done_bytes`, `total_bytes`: not NULL. The total is 0 until the selection is known, and
 /// stays 0 if nothing has to be copied. Any thread.

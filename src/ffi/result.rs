@@ -35,7 +35,8 @@ pub struct tms_result_t {
     pub done_count: u64,
     /// Their bytes.
     pub done_bytes: u64,
-    /// Bytes copied to or from backups.
+    /// Bytes copied to or from backups. Of a copy: how many bytes, from its beginning, are certain to
+    /// be in place; its other counts are 0.
     pub copied_bytes: u64,
     /// Allocations of the selection that were already in the wanted state.
     pub unchanged_count: u64,

@@ -5,9 +5,12 @@
  * memory of all allocations with a tag; their addresses stay reserved, so every pointer, tensor and
  * CUDA graph stays valid. A resume puts memory and contents back.
  *
+ * tms_memcpy and its kin copy between any two places, device memory, pinned and pageable host memory,
+ * at the speed of the bus: one piece, many, or rows; waiting, on a stream, or as an operation.
+ *
  * Ownership
- *   Handles (tms_saver_t, tms_op_t) are made by one function and freed by one; freeing NULL does
- *   nothing. Strings that go in are copied. Strings that come out belong to the library and are
+ *   Handles (tms_saver_t, tms_op_t, tms_transfer_engine_t) are made by one function and freed by
+ *   one; freeing NULL does nothing. Strings that go in are copied. Strings that come out belong to the library and are
  *   valid as long as their function says. Memory from malloc functions is freed by the matching
  *   free function of the same saver.
  *

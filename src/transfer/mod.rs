@@ -3,30 +3,50 @@
 //! One [`Engine`] serves one platform. It knows spans of device memory and places in host memory;
 //! what a span means, and when it may be copied, is decided above.
 
+mod adopt;
 pub mod arena;
 mod chunk;
 pub mod copy;
+mod growth;
 mod limits;
-pub(crate) use limits::headroom;
+pub(crate) mod pages;
+mod ring;
 pub mod staging;
+pub(crate) mod streaming;
 mod streams;
 mod workers;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use arena::{Arena, ArenaUse, Block};
+pub use adopt::Adopted;
+pub use arena::{Arena, ArenaStats, ArenaUse, Block};
+pub use limits::Headroom;
 pub use streams::{Settled, Streams};
 pub use workers::{Batch, Workers};
 
 use crate::config;
 use crate::device::{Address, Device, DeviceKind, Direction, Platform};
-use crate::error::Result;
+use crate::error::{Error, Result};
 pub use crate::op::Control;
 
 /// What a resume without retention keeps pinned for the next pause, unless `TMS_PINNED_KEEP` says
 /// otherwise.
 const DEFAULT_KEEP: u64 = 16 << 30;
+
+/// Staging memory of an engine that was not told otherwise: two slots for each of its threads.
+const DEFAULT_STAGING: u64 = 64 << 20;
+
+/// How an engine is made; zeros mean the defaults.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineOptions {
+    /// Threads that copy, populate and pin: at most the cores (half of them on the host device,
+    /// which has threads of its own) and at most 16, which is also the default.
+    pub threads: u32,
+    /// Pinned memory that bytes pass through on their way to and from pageable memory, files and
+    /// stores; rounded up to whole slots of 2 MiB, at least two. It is taken when first needed.
+    pub staging_bytes: u64,
+}
 
 /// A range of device memory.
 #[derive(Clone, Debug)]
@@ -44,7 +64,7 @@ pub struct Engine {
     /// Streams by ordinal; never held across a device call.
     streams: Mutex<Vec<Option<Arc<Streams>>>>,
     ring: Mutex<Option<Arc<staging::Ring>>>,
-    staging_bytes: usize,
+    staging_bytes: u64,
     /// What explicit copies know and hold, see [`copy::Copier`].
     copies: copy::State,
     /// Memory that a device may still use, because it could not be asked whether it is done.
@@ -59,15 +79,6 @@ struct Kept {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How an engine is made; zeros mean the default.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct EngineOptions {
-    /// Threads that copy and pin, at most.
-    pub threads: u32,
-    /// Pinned memory through which pageable memory is copied.
-    pub staging_bytes: u64,
 }
 
 impl Drop for Engine {
@@ -85,25 +96,23 @@ impl Drop for Engine {
 }
 
 impl Engine {
-    /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
     pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {
         Engine::with_options(platform, EngineOptions::default())
     }
 
-    /// See [`Self::new`].
+    /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
     pub fn with_options(platform: Arc<dyn Platform>, options: EngineOptions) -> Result<Engine> {
         let limit = config::size_from_environment("TMS_PINNED_LIMIT")?.unwrap_or(u64::MAX);
         let keep = config::size_from_environment("TMS_PINNED_KEEP")?.unwrap_or(DEFAULT_KEEP);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // The host device has threads of its own; together they stay below the number of cores.
-        let threads = match (options.threads, platform.kind()) {
-            (0, DeviceKind::Cuda) => cores,
-            (0, DeviceKind::Host) => cores.div_ceil(2),
-            (wanted, _) => cores.min(wanted as usize),
+        let threads = match platform.kind() {
+            DeviceKind::Cuda => cores,
+            DeviceKind::Host => cores.div_ceil(2),
         };
-        let staging_bytes = match options.staging_bytes {
-            0 => staging::RING,
-            wanted => usize::try_from(wanted).unwrap_or(usize::MAX),
+        let threads = match options.threads {
+            0 => threads,
+            wanted => threads.min(wanted as usize),
         };
         let workers = Arc::new(Workers::new(threads));
         Ok(Engine {
@@ -112,7 +121,10 @@ impl Engine {
             platform,
             streams: Mutex::default(),
             ring: Mutex::default(),
-            staging_bytes,
+            staging_bytes: match options.staging_bytes {
+                0 => DEFAULT_STAGING,
+                bytes => bytes,
+            },
             copies: copy::State::default(),
             quarantine: Mutex::default(),
         })
@@ -163,7 +175,11 @@ impl Engine {
         if let Some(existing) = &*ring {
             return Ok(Arc::clone(existing));
         }
-        let created = Arc::new(staging::Ring::new(&self.arena, device, self.staging_bytes)?);
+        let bytes = usize::try_from(self.staging_bytes)
+            .ok()
+            .filter(|&bytes| bytes <= isize::MAX as usize)
+            .ok_or_else(|| Error::invalid("staging_bytes", "does not fit the address space"))?;
+        let created = Arc::new(staging::Ring::new(&self.arena, device, bytes)?);
         *ring = Some(Arc::clone(&created));
         Ok(created)
     }
@@ -221,28 +237,12 @@ impl Engine {
 
     /// Copies device memory to the host and waits. Work of other streams is not waited for.
     pub fn read(&self, device: &Arc<dyn Device>, address: Address, into: &mut [u8]) -> Result<()> {
-        let ring = self.ring(device)?;
-        let mut at = address;
-        for part in into.chunks_mut(staging::PIECE) {
-            let mut slot = ring.acquire()?;
-            slot.copy_from_device(&*self.streams(device)?, at, part.len())?;
-            part.copy_from_slice(slot.bytes(part.len()));
-            at += part.len() as u64;
-        }
-        Ok(())
+        staging::read_device(self, device, address, into)
     }
 
     /// Copies host memory to the device and waits. Work of other streams is not waited for.
     pub fn write(&self, device: &Arc<dyn Device>, address: Address, from: &[u8]) -> Result<()> {
-        let ring = self.ring(device)?;
-        let mut at = address;
-        for part in from.chunks(staging::PIECE) {
-            let mut slot = ring.acquire()?;
-            slot.bytes_mut(part.len()).copy_from_slice(part);
-            slot.copy_to_device(&*self.streams(device)?, at, part.len())?;
-            at += part.len() as u64;
-        }
-        Ok(())
+        staging::write_device(self, device, address, from)
     }
 }
 

@@ -1,27 +1,35 @@
-//! Between device memory and places a device cannot reach (pageable memory, files, stores): a ring
-//! of pinned slots, filled and emptied by several threads while the bus works on the others.
+//! Between device memory and places a device cannot reach (pageable memory, files, stores): several
+//! threads fill and empty the slots of a ring while the bus works on others.
+//!
+//! Each thread has up to two copies under way, so that the bus has the next one when a thread is
+//! busy with the last, and takes pieces in order from a common list.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::arena::{Arena, Block};
-use super::streams::{Settled, Streams};
+pub use super::ring::{Flight, PIECE, Ring, Slot};
+use super::streaming;
+use super::streams::Streams;
 use super::workers::Batch;
 use super::{Control, Engine, Span};
-use crate::device::{Address, Device, Direction, Event};
-use crate::error::{Error, Result, ResultExt};
+use crate::device::{Address, Device, Direction};
+use crate::error::{Error, Result};
 
-/// Bytes that move at once: large enough for the full speed of the bus.
-pub const PIECE: usize = 8 << 20;
+/// Copies that one thread has under way.
+const DEPTH: usize = 2;
 
-/// Bytes of a ring unless its engine was told otherwise.
-pub const RING: usize = super::chunk::SLICE;
-
-/// Fewer slots than this would make the bus and the threads take turns.
-const FEWEST: usize = 2;
+/// As many pieces are moved by the calling thread: others would not be quicker.
+const FEW: usize = 2;
 
 /// Where bytes go that leave a device. Called from several threads, in any order.
 pub trait Sink: Send + Sync {
+    /// Called before the device's copy of these bytes is waited for, to make their place ready.
+    fn prepare(&self, _index: usize, _offset: u64, _length: usize) -> Result<()> {
+        Ok(())
+    }
+
     /// Takes `bytes` of span `index`, which begin `offset` bytes into it.
     fn write(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()>;
 }
@@ -32,230 +40,90 @@ pub trait Source: Send + Sync {
     fn read(&self, index: usize, offset: u64, bytes: &mut [u8]) -> Result<()>;
 }
 
-struct Slots {
-    free: Vec<usize>,
-    /// Slots of queued copies that nobody waits for, in the order they were queued.
-    leaving: VecDeque<Leaving>,
-    /// Slots that a device may still write to or read from.
-    abandoned: Vec<(usize, Arc<dyn Device>)>,
-}
-
-/// A slot that is free when its event has passed.
-struct Leaving {
-    index: usize,
-    streams: Arc<Streams>,
-    event: Event,
-}
-
-impl Leaving {
-    /// Waits; gives back the index and, where the device did not answer, that device.
-    fn wait(self) -> (usize, Option<Arc<dyn Device>>) {
-        let passed = self.streams.device.event_synchronize(self.event);
-        self.streams.give_event(self.event);
-        match passed {
-            Ok(()) => (self.index, None),
-            Err(_) => (self.index, Some(Arc::clone(&self.streams.device))),
-        }
-    }
-}
-
-/// The slots, shared by all that stage.
-pub struct Ring {
-    block: Block,
-    count: usize,
-    slots: Mutex<Slots>,
-    changed: Condvar,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Ring {
-    /// `bytes` are rounded to whole slots.
-    pub fn new(arena: &Arena, device: &Arc<dyn Device>, bytes: usize) -> Result<Ring> {
-        let count = (bytes / PIECE).max(FEWEST);
-        // A chunk of its own, which backups neither share nor keep pinned.
-        let block = arena.allocate_alone(device, (PIECE * count) as u64)?;
-        block.wait().context(|| "staging memory")?;
-        Ok(Ring {
-            block,
-            count,
-            slots: Mutex::new(Slots {
-                free: (0..count).collect(),
-                leaving: VecDeque::new(),
-                abandoned: Vec::new(),
-            }),
-            changed: Condvar::new(),
-        })
-    }
-
-    /// Whether no device can be working on a slot that nobody holds.
-    pub fn is_settled(&self) -> bool {
-        let mut slots = lock(&self.slots);
-        for leaving in std::mem::take(&mut slots.leaving) {
-            let (index, unsettled) = leaving.wait();
-            slots
-                .abandoned
-                .extend(unsettled.map(|device| (index, device)));
-        }
-        slots
-            .abandoned
-            .iter()
-            .all(|(_, device)| device.synchronize().is_ok())
-    }
-
-    /// Waits for a free slot.
-    pub fn acquire(self: &Arc<Self>) -> Result<Slot> {
-        let mut slots = lock(&self.slots);
-        loop {
-            if let Some(index) = slots.free.pop() {
-                return Ok(Slot {
-                    ring: Arc::clone(self),
-                    index,
-                });
-            }
-            if let Some(leaving) = slots.leaving.pop_front() {
-                drop(slots);
-                let (index, unsettled) = leaving.wait();
-                slots = lock(&self.slots);
-                match unsettled {
-                    None => slots.free.push(index),
-                    Some(device) => slots.abandoned.push((index, device)),
-                }
-                continue;
-            }
-            if let Some((index, device)) = slots.abandoned.pop() {
-                drop(slots);
-                let answer = device.synchronize();
-                slots = lock(&self.slots);
-                match answer {
-                    Ok(()) => slots.free.push(index),
-                    Err(error) => {
-                        slots.abandoned.push((index, device));
-                        if slots.abandoned.len() == self.count {
-                            return Err(error.context("no staging slot is usable"));
-                        }
-                    }
-                }
-                continue;
-            }
-            slots = self
-                .changed
-                .wait(slots)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-}
-
-/// One pinned buffer of [`PIECE`] bytes, free again when dropped.
-pub struct Slot {
-    ring: Arc<Ring>,
+/// A part of a span that moves at once.
+#[derive(Clone, Copy)]
+struct Piece {
     index: usize,
+    offset: u64,
+    length: usize,
 }
 
-impl Slot {
-    /// [`PIECE`] bytes, page aligned.
-    pub fn pointer(&self) -> *mut u8 {
-        // SAFETY: the block is `PIECE * count` bytes long and the index below `count`.
-        unsafe { self.ring.block.pointer().as_ptr().add(self.index * PIECE) }
-    }
+/// What the threads of one transfer share.
+struct Job {
+    spans: Vec<Span>,
+    /// Of the device of each span.
+    streams: Vec<Arc<Streams>>,
+    pieces: Vec<Piece>,
+    next: AtomicUsize,
+    ring: Arc<Ring>,
+    control: Arc<Control>,
+}
 
-    pub fn bytes(&self, length: usize) -> &[u8] {
-        assert!(length <= PIECE);
-        // SAFETY: the slot is ours alone, populated, and no copy runs while it can be borrowed.
-        unsafe { std::slice::from_raw_parts(self.pointer(), length) }
-    }
-
-    pub fn bytes_mut(&mut self, length: usize) -> &mut [u8] {
-        assert!(length <= PIECE);
-        // SAFETY: as in `bytes`, and `&mut self` makes the borrow unique.
-        unsafe { std::slice::from_raw_parts_mut(self.pointer(), length) }
-    }
-
-    /// Copies from the device into the slot and waits.
-    pub fn copy_from_device(
-        &mut self,
-        streams: &Streams,
-        address: Address,
-        length: usize,
-    ) -> Result<()> {
-        self.copy(streams, address, length, Direction::ToHost)
-    }
-
-    /// Copies from the slot to the device and waits.
-    pub fn copy_to_device(
-        &mut self,
-        streams: &Streams,
-        address: Address,
-        length: usize,
-    ) -> Result<()> {
-        self.copy(streams, address, length, Direction::ToDevice)
-    }
-
-    fn copy(
-        &mut self,
-        streams: &Streams,
-        address: Address,
-        length: usize,
-        direction: Direction,
-    ) -> Result<()> {
-        assert!(length <= PIECE);
-        let device = &streams.device;
-        let host = self.pointer() as u64;
-        let (destination, source) = match direction {
-            Direction::ToHost => (host, address),
-            Direction::ToDevice | Direction::OnDevice => (address, host),
+impl Job {
+    fn new(engine: &Engine, spans: &[Span], control: &Arc<Control>) -> Result<Option<Job>> {
+        let Some(first) = spans.first() else {
+            return Ok(None);
         };
-        let event = streams.event()?;
-        let stream = streams.of(direction);
-        // SAFETY: the slot is ours and outlives the copy: it is waited for below, or abandoned.
-        let queued = unsafe { device.copy(destination, source, length as u64, direction, stream) };
-        let waited = queued.and_then(|()| {
-            device.event_record(event.event(), stream)?;
-            device.event_synchronize(event.event())
-        });
-        if let Err(error) = waited {
-            if let Settled::Unknown(_) = streams.settle(direction) {
-                self.abandon(device);
+        Ok(Some(Job {
+            streams: spans
+                .iter()
+                .map(|span| engine.streams(&span.device))
+                .collect::<Result<_>>()?,
+            pieces: pieces(spans),
+            next: AtomicUsize::new(0),
+            ring: engine.ring(&first.device)?,
+            spans: spans.to_vec(),
+            control: Arc::clone(control),
+        }))
+    }
+
+    fn take(&self) -> Option<Piece> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        self.pieces.get(index).copied()
+    }
+
+    fn start(&self, slot: Slot, piece: Piece, direction: Direction) -> Result<Flight<'_>> {
+        let address = self.spans[piece.index].address + piece.offset;
+        slot.start(&self.streams[piece.index], address, piece.length, direction)
+    }
+
+    /// Has `work` done by as many threads as are of use, and waits for all of them.
+    fn run(
+        self: &Arc<Self>,
+        engine: &Engine,
+        work: impl Fn(&Job) -> Result<()> + Send + Sync + 'static,
+    ) -> Result<()> {
+        if self.pieces.len() <= FEW {
+            return work(self);
+        }
+        /// Whatever happens, nobody uses the places of the bytes once this is gone.
+        struct Joined(Batch);
+        impl Drop for Joined {
+            fn drop(&mut self) {
+                let _ = self.0.wait();
             }
-            return Err(error);
         }
-        Ok(())
-    }
-
-    /// Gives the slot back once `event`, which `streams` gave and which was recorded after the last
-    /// copy, has passed. Nobody waits for that before the slot is needed.
-    pub fn leave(mut self, streams: &Arc<Streams>, event: Event) {
-        let index = std::mem::replace(&mut self.index, usize::MAX);
-        lock(&self.ring.slots).leaving.push_back(Leaving {
-            index,
-            streams: Arc::clone(streams),
-            event,
-        });
-        self.ring.changed.notify_one();
-    }
-
-    /// Marks the slot as perhaps still used by the device; it is free again once that is settled.
-    pub fn abandon(&mut self, device: &Arc<dyn Device>) {
-        let index = std::mem::replace(&mut self.index, usize::MAX);
-        if index != usize::MAX {
-            lock(&self.ring.slots)
-                .abandoned
-                .push((index, Arc::clone(device)));
-            self.ring.changed.notify_one();
+        let joined = Joined(Batch::default());
+        let work = Arc::new(work);
+        let threads = engine
+            .workers()
+            .most()
+            .min(self.pieces.len())
+            .min(self.ring.count());
+        for _ in 0..threads {
+            let (job, work) = (Arc::clone(self), Arc::clone(&work));
+            joined.0.submit(engine.workers(), move || work(&job));
         }
+        joined.0.wait()
     }
 }
 
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if self.index != usize::MAX {
-            lock(&self.ring.slots).free.push(self.index);
-            self.ring.changed.notify_one();
-        }
-    }
-}
+/// Copies under way, the oldest first.
+type Flights<'a> = VecDeque<(Flight<'a>, Piece)>;
 
 /// Moves every span into the sink. All or nothing: the first failure stops the rest.
 pub fn drain(
@@ -264,36 +132,53 @@ pub fn drain(
     sink: &Arc<dyn Sink>,
     control: &Arc<Control>,
 ) -> Result<()> {
-    let batch = Batch::default();
-    let mut outcome = Ok(());
-    'spans: for (index, offset) in pieces(spans) {
-        let span = &spans[index];
-        if batch.failed() {
-            break 'spans;
+    let Some(job) = Job::new(engine, spans, control)? else {
+        return Ok(());
+    };
+    let sink = Arc::clone(sink);
+    let failed = AtomicBool::new(false);
+    Arc::new(job).run(engine, move |job| {
+        let result = drain_some(job, &*sink, &failed);
+        if result.is_err() {
+            failed.store(true, Ordering::Relaxed);
         }
-        let step = control.check().and_then(|()| {
-            let streams = engine.streams(&span.device)?;
-            Ok((streams, engine.ring(&span.device)?.acquire()?))
-        });
-        let (streams, mut slot) = match step {
-            Ok(step) => step,
-            Err(error) => {
-                outcome = Err(error);
-                break 'spans;
-            }
+        result
+    })
+}
+
+/// One thread's share of [`drain`].
+fn drain_some(job: &Job, sink: &dyn Sink, failed: &AtomicBool) -> Result<()> {
+    let mut flights = Flights::new();
+    let land = |(flight, piece): (Flight<'_>, Piece)| {
+        sink.prepare(piece.index, piece.offset, piece.length)?;
+        let slot = flight.land()?;
+        sink.write(piece.index, piece.offset, slot.bytes(piece.length))?;
+        job.control.advance(piece.length as u64);
+        Ok::<Slot, Error>(slot)
+    };
+    while !failed.load(Ordering::Relaxed)
+        && let Some(piece) = job.take()
+    {
+        job.control.check()?;
+        let free = match flights.len() {
+            DEPTH => None,
+            _ => job.ring.try_acquire(),
         };
-        let length = PIECE.min((span.bytes - offset) as usize);
-        let address = span.address + offset;
-        let (sink, control) = (Arc::clone(sink), Arc::clone(control));
-        batch.submit(engine.workers(), move || {
-            slot.copy_from_device(&streams, address, length)?;
-            sink.write(index, offset, slot.bytes(length))?;
-            control.advance(length as u64);
-            Ok(())
-        });
+        let slot = match free {
+            Some(slot) => slot,
+            None => match flights.pop_front() {
+                Some(oldest) => land(oldest)?,
+                None => job.ring.acquire()?,
+            },
+        };
+        flights.push_back((job.start(slot, piece, Direction::ToHost)?, piece));
     }
-    // The jobs are waited for in any case: they use the sink and the device.
-    batch.wait().and(outcome)
+    if failed.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    flights
+        .into_iter()
+        .try_for_each(|flight| land(flight).map(drop))
 }
 
 /// Moves the source into every span. One result for each span: a span that failed does not stop
@@ -304,62 +189,89 @@ pub fn fill(
     source: &Arc<dyn Source>,
     control: &Arc<Control>,
 ) -> Vec<Result<()>> {
-    let batch = Batch::default();
-    let failures: Arc<Vec<Mutex<Option<Error>>>> =
-        Arc::new(spans.iter().map(|_| Mutex::new(None)).collect());
-    for (index, offset) in pieces(spans) {
-        let span = &spans[index];
-        if lock(&failures[index]).is_some() {
-            continue;
-        }
-        let step = control.check().and_then(|()| {
-            let streams = engine.streams(&span.device)?;
-            Ok((streams, engine.ring(&span.device)?.acquire()?))
-        });
-        let (streams, mut slot) = match step {
-            Ok(step) => step,
-            Err(error) => {
-                lock(&failures[index]).get_or_insert(error);
-                continue;
-            }
-        };
-        let length = PIECE.min((span.bytes - offset) as usize);
-        let address = span.address + offset;
-        let (source, control) = (Arc::clone(source), Arc::clone(control));
-        let failures = Arc::clone(&failures);
-        batch.submit(engine.workers(), move || {
-            let moved = source
-                .read(index, offset, slot.bytes_mut(length))
-                .and_then(|()| slot.copy_to_device(&streams, address, length));
-            match moved {
-                Ok(()) => control.advance(length as u64),
-                Err(error) => {
-                    lock(&failures[index]).get_or_insert(error);
-                }
-            }
-            Ok(())
-        });
-    }
-    let all = batch.wait();
+    let job = match Job::new(engine, spans, control) {
+        Ok(Some(job)) => Arc::new(job),
+        Ok(None) => return Vec::new(),
+        Err(error) => return spans.iter().map(|_| Err(error.clone())).collect(),
+    };
+    let failures: Arc<Failures> = Arc::new(spans.iter().map(|_| Mutex::new(None)).collect());
+    let (source, noted) = (Arc::clone(source), Arc::clone(&failures));
+    let all = job.run(engine, move |job| {
+        fill_some(job, &*source, &noted);
+        Ok(())
+    });
     failures
         .iter()
-        .map(|failure| match (lock(failure).take(), &all) {
-            (Some(error), _) => Err(error),
-            (None, Ok(())) => Ok(()),
-            (None, Err(error)) => Err(Error::new(error.kind(), error.to_string())),
+        .map(|failure| match lock(failure).take() {
+            Some(error) => Err(error),
+            None => all.clone(),
         })
         .collect()
 }
 
-/// (span, offset) of every piece, alternating between devices so that their buses work together.
-fn pieces(spans: &[Span]) -> Vec<(usize, u64)> {
-    let mut by_device: Vec<(u32, Vec<(usize, u64)>)> = Vec::new();
+/// The first error of each span.
+type Failures = Vec<Mutex<Option<Error>>>;
+
+/// One thread's share of [`fill`].
+fn fill_some(job: &Job, source: &dyn Source, failures: &Failures) {
+    let mut flights = Flights::new();
+    let note = |piece: Piece, error: Error| {
+        lock(&failures[piece.index]).get_or_insert(error);
+    };
+    let land = |(flight, piece): (Flight<'_>, Piece)| match flight.land() {
+        Ok(slot) => {
+            job.control.advance(piece.length as u64);
+            Some(slot)
+        }
+        Err(error) => {
+            note(piece, error);
+            None
+        }
+    };
+    while let Some(piece) = job.take() {
+        if lock(&failures[piece.index]).is_some() {
+            continue;
+        }
+        let started = job.control.check().and_then(|()| {
+            let mut free = match flights.len() {
+                DEPTH => None,
+                _ => job.ring.try_acquire(),
+            };
+            while free.is_none()
+                && let Some(oldest) = flights.pop_front()
+            {
+                free = land(oldest);
+            }
+            let mut slot = match free {
+                Some(slot) => slot,
+                None => job.ring.acquire()?,
+            };
+            source.read(piece.index, piece.offset, slot.bytes_mut(piece.length))?;
+            job.start(slot, piece, Direction::ToDevice)
+        });
+        match started {
+            Ok(flight) => flights.push_back((flight, piece)),
+            Err(error) => note(piece, error),
+        }
+    }
+    for flight in flights {
+        land(flight);
+    }
+}
+
+/// The pieces of all spans, alternating between devices so that their buses work together.
+fn pieces(spans: &[Span]) -> Vec<Piece> {
+    let mut by_device: Vec<(u32, Vec<Piece>)> = Vec::new();
     for (index, span) in spans.iter().enumerate() {
         let ordinal = span.device.info().ordinal;
-        let offsets = (0..span.bytes).step_by(PIECE).map(|offset| (index, offset));
+        let parts = (0..span.bytes).step_by(PIECE).map(|offset| Piece {
+            index,
+            offset,
+            length: PIECE.min((span.bytes - offset) as usize),
+        });
         match by_device.iter_mut().find(|(known, _)| *known == ordinal) {
-            Some((_, list)) => list.extend(offsets),
-            None => by_device.push((ordinal, offsets.collect())),
+            Some((_, list)) => list.extend(parts),
+            None => by_device.push((ordinal, parts.collect())),
         }
     }
     let longest = by_device.iter().map(|(_, list)| list.len()).max();
@@ -370,4 +282,84 @@ fn pieces(spans: &[Span]) -> Vec<(usize, u64)> {
                 .filter_map(move |(_, list)| list.get(row).copied())
         })
         .collect()
+}
+
+/// Pageable memory of a caller who waits.
+struct Memory {
+    pointer: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: nothing about memory depends on the thread.
+unsafe impl Send for Memory {}
+// SAFETY: threads use disjoint pieces of it.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn place(&self, offset: u64, length: usize) -> *mut u8 {
+        assert!(offset as usize + length <= self.bytes);
+        // SAFETY: inside the memory, as just checked.
+        unsafe { self.pointer.as_ptr().add(offset as usize) }
+    }
+}
+
+impl Sink for Memory {
+    fn write(&self, _index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+        let place = self.place(offset, bytes.len());
+        // SAFETY: in bounds; pieces do not overlap each other or the staging slot, and the memory
+        // is borrowed by the caller of `read_device`, who waits.
+        unsafe { streaming::copy(bytes.as_ptr(), place, bytes.len()) };
+        Ok(())
+    }
+}
+
+impl Source for Memory {
+    fn read(&self, _index: usize, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let place = self.place(offset, bytes.len());
+        // SAFETY: in bounds; the memory and the staging slot do not overlap, and the caller of
+        // `write_device` waits.
+        unsafe { std::ptr::copy_nonoverlapping(place, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+}
+
+/// Copies device memory to the host and waits.
+pub(super) fn read_device(
+    engine: &Engine,
+    device: &Arc<dyn Device>,
+    address: Address,
+    into: &mut [u8],
+) -> Result<()> {
+    let sink: Arc<dyn Sink> = Arc::new(Memory {
+        pointer: NonNull::from(&mut *into).cast(),
+        bytes: into.len(),
+    });
+    let span = span(device, address, into.len());
+    drain(engine, &[span], &sink, &Arc::default())
+}
+
+/// Copies host memory to the device and waits.
+pub(super) fn write_device(
+    engine: &Engine,
+    device: &Arc<dyn Device>,
+    address: Address,
+    from: &[u8],
+) -> Result<()> {
+    let source: Arc<dyn Source> = Arc::new(Memory {
+        // Only read from.
+        pointer: NonNull::from(from).cast(),
+        bytes: from.len(),
+    });
+    let span = span(device, address, from.len());
+    fill(engine, &[span], &source, &Arc::default())
+        .pop()
+        .unwrap_or(Ok(()))
+}
+
+fn span(device: &Arc<dyn Device>, address: Address, bytes: usize) -> Span {
+    Span {
+        device: Arc::clone(device),
+        address,
+        bytes: bytes as u64,
+    }
 }

@@ -60,9 +60,6 @@ pub(super) struct Lane {
     pub first: Option<u64>,
     /// How far [`Self::queue`] came with a single item.
     pub reached: u64,
-    /// For the next [`Self::queue`], which then makes none: a thread that others wait for must not
-    /// wait for pinned memory.
-    lists: Vec<List>,
     /// Bytes queued behind the last mark.
     unmarked: u64,
     /// `None` where nobody will wait for the lane.
@@ -85,7 +82,6 @@ impl Lane {
             methods: None,
             first: None,
             reached: 0,
-            lists: Vec::new(),
             unmarked: 0,
             marks: None,
         }
@@ -104,30 +100,17 @@ impl Lane {
         &self.streams.device
     }
 
-    /// A lane of the same stream, for a thread that will queue at most `count` items.
-    pub fn beside(&mut self, engine: &Engine, count: usize) -> Result<Lane> {
-        let mut lists = Vec::new();
-        if count > 1 {
-            self.choose(engine)?;
-            if self
-                .methods
-                .is_some_and(|methods| methods.contains(&Method::Kernel))
-            {
-                for _ in 0..count.div_ceil(lists::PIECES) {
-                    lists.push(engine.copies.lists.take(engine, self.device())?);
-                }
-            }
-        }
-        Ok(Lane {
+    /// A lane of the same stream, for what a thread stages.
+    pub fn beside(&self) -> Lane {
+        Lane {
             methods: self.methods,
-            lists,
             ..Lane::on(
                 Arc::clone(&self.streams),
                 self.stream,
                 self.direction,
                 self.capturing,
             )
-        })
+        }
     }
 
     /// Finds out the methods, which may have to be measured first.
@@ -153,9 +136,18 @@ impl Lane {
 
     /// Queues all items; a single one plainly. After an error some may have been queued.
     ///
+    /// `room` is pinned room for a list of all items, of which there are at most
+    /// [`lists::PIECES`]: a thread that others wait for must not wait for pinned memory.
+    ///
     /// # Safety
-    /// Every piece is memory that the device reaches, valid until the stream has passed.
-    pub unsafe fn queue(&mut self, engine: &Engine, items: &[Item]) -> Result<()> {
+    /// Every piece is memory that the device reaches, valid until the stream has passed; so is the
+    /// room.
+    pub unsafe fn queue(
+        &mut self,
+        engine: &Engine,
+        items: &[Item],
+        room: Option<*mut Piece>,
+    ) -> Result<()> {
         if let Some(item) = items.first() {
             self.begin(item.at);
         }
@@ -169,23 +161,28 @@ impl Lane {
             outcome = unsafe {
                 match items {
                     [item] => self.queue_plain(item),
-                    _ => self.queue_many(engine, items),
+                    _ => self.queue_many(engine, items, room),
                 }
             };
         });
-        for list in self.lists.drain(..) {
-            engine.copies.lists.give(list);
-        }
         outcome
     }
 
     /// # Safety
     /// As for [`Self::queue`].
-    unsafe fn queue_many(&mut self, engine: &Engine, items: &[Item]) -> Result<()> {
-        let mut pending = Pending::default();
+    unsafe fn queue_many(
+        &mut self,
+        engine: &Engine,
+        items: &[Item],
+        room: Option<*mut Piece>,
+    ) -> Result<()> {
+        let mut pending = Pending {
+            room,
+            ..Pending::default()
+        };
         // SAFETY: by this function's contract.
         let queued = unsafe { self.queue_by_method(engine, items, &mut pending) };
-        if let Some((list, _)) = pending.list.take() {
+        if let Some((Sheet::Own(list), _)) = pending.list.take() {
             engine.copies.lists.give(list);
         }
         queued
@@ -348,10 +345,27 @@ impl Lane {
     }
 }
 
+/// Where a list for a kernel is written.
+enum Sheet {
+    Own(List),
+    /// Of whoever queues, who knows when it has been read.
+    Lent(*mut Piece),
+}
+
+impl Sheet {
+    fn pointer(&self) -> *mut Piece {
+        match self {
+            Sheet::Own(list) => list.pointer(),
+            Sheet::Lent(room) => *room,
+        }
+    }
+}
+
 /// Pieces on their way into a list or batch.
 #[derive(Default)]
 struct Pending {
-    list: Option<(List, usize)>,
+    room: Option<*mut Piece>,
+    list: Option<(Sheet, usize)>,
     list_bytes: u64,
     batch: Vec<Piece>,
 }
@@ -360,17 +374,19 @@ impl Pending {
     /// # Safety
     /// As for [`Lane::queue`].
     unsafe fn list(&mut self, engine: &Engine, lane: &mut Lane, piece: Piece) -> Result<()> {
-        let (list, count) = match &mut self.list {
+        let (sheet, count) = match &mut self.list {
             Some(begun) => begun,
-            none => {
-                let list = match lane.lists.pop() {
-                    Some(list) => list,
-                    None => engine.copies.lists.take(engine, lane.device())?,
-                };
-                none.insert((list, 0))
-            }
+            none => none.insert((
+                match self.room.take() {
+                    Some(room) => Sheet::Lent(room),
+                    None => Sheet::Own(engine.copies.lists.take(engine, lane.device())?),
+                },
+                0,
+            )),
         };
-        list.set(*count, piece);
+        // SAFETY: no list is longer than `PIECES`, for which there is room, or than all items, for
+        // which the lender has room; nobody else writes there and no kernel reads it yet.
+        unsafe { sheet.pointer().add(*count).write(piece) };
         *count += 1;
         self.list_bytes += piece.bytes;
         if *count == lists::PIECES {
@@ -420,44 +436,26 @@ impl Pending {
     /// # Safety
     /// As for [`Lane::queue`].
     unsafe fn launch(&mut self, engine: &Engine, lane: &mut Lane) -> Result<()> {
-        let Some((list, count)) = self.list.take() else {
+        let Some((sheet, count)) = self.list.take() else {
             return Ok(());
         };
-        let lists = &engine.copies.lists;
-        let device = lane.device();
-        let event = match lane.streams.take_event() {
-            Ok(event) => event,
-            Err(error) => {
-                lists.give(list);
-                return Err(error);
-            }
-        };
-        // SAFETY: by this function's contract; the list is pinned and stays as it is until its
-        // event has passed.
+        // SAFETY: by this function's contract; the list is pinned, and its owner leaves it as it is
+        // until the kernel has read it.
         let launched = unsafe {
-            device.copy_pieces(
-                list.pointer(),
+            lane.device().copy_pieces(
+                sheet.pointer(),
                 count as u32,
                 blocks(lane.direction),
                 lane.stream,
             )
         };
-        if let Err(error) = launched {
-            lane.streams.give_event(event);
-            lists.give(list);
-            return Err(error);
-        }
-        if let Err(error) = device.event_record(event, lane.stream) {
-            lane.streams.give_event(event);
-            if lists::is_idle(device) {
-                lists.give(list);
-            } else {
-                engine.keep(Arc::clone(device), Box::new(list));
+        if let Sheet::Own(list) = sheet {
+            match &launched {
+                Ok(()) => engine.copies.lists.fly(engine, list, lane)?,
+                Err(_) => engine.copies.lists.give(list),
             }
-            return Err(error);
         }
-        lists.fly(list, &lane.streams, event);
         lane.unmarked += std::mem::take(&mut self.list_bytes);
-        Ok(())
+        launched
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::lane::Lane;
 use crate::device::{Device, Event, Piece};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::transfer::{Block, Engine, Streams};
@@ -32,12 +33,15 @@ impl List {
         unsafe { self.block.pointer().as_ptr().add(self.offset).cast() }
     }
 
-    /// Sets an entry; `index` is below [`PIECES`].
-    pub fn set(&mut self, index: usize, piece: Piece) {
-        assert!(index < PIECES);
-        // SAFETY: within the list, which nobody else writes and no kernel reads any more; a page
-        // holds whole words, so the entry is aligned.
-        unsafe { self.pointer().add(index).write(piece) };
+    /// Writes the first entries; at most [`PIECES`].
+    pub fn write(&mut self, pieces: &[Piece]) {
+        assert!(pieces.len() <= PIECES);
+        // SAFETY: within the list, which nobody else writes and no kernel reads; it begins at a
+        // page's start or a multiple of an entry behind it, so that entries are aligned.
+        unsafe {
+            self.pointer()
+                .copy_from_nonoverlapping(pieces.as_ptr(), pieces.len());
+        }
     }
 }
 
@@ -121,8 +125,7 @@ impl Lists {
                 if is_idle(device) {
                     return Some(flying.list);
                 }
-                self.lock().made -= 1;
-                engine.keep(Arc::clone(device), Box::new(flying.list));
+                self.lose(engine, device, flying.list);
                 None
             }
         }
@@ -150,13 +153,39 @@ impl Lists {
         self.lock().free.push(list);
     }
 
-    /// Takes a list that a kernel reads; `event`, of `streams`, was recorded behind the kernel.
-    pub fn fly(&self, list: List, streams: &Arc<Streams>, event: Event) {
-        self.lock().flying.push_back(Flying {
-            list,
-            streams: Arc::clone(streams),
-            event,
+    /// Takes a list that a kernel queued on the lane's stream reads.
+    pub fn fly(&self, engine: &Engine, list: List, lane: &Lane) -> Result<()> {
+        let device = lane.device();
+        let recorded = lane.streams.take_event().and_then(|event| {
+            device
+                .event_record(event, lane.stream)
+                .inspect_err(|_| lane.streams.give_event(event))?;
+            Ok(event)
         });
+        match recorded {
+            Ok(event) => {
+                self.lock().flying.push_back(Flying {
+                    list,
+                    streams: Arc::clone(&lane.streams),
+                    event,
+                });
+                Ok(())
+            }
+            Err(error) => {
+                if is_idle(device) {
+                    self.give(list);
+                } else {
+                    self.lose(engine, device, list);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives up a list that a device may still read.
+    fn lose(&self, engine: &Engine, device: &Arc<dyn Device>, list: List) {
+        self.lock().made -= 1;
+        engine.keep(Arc::clone(device), Box::new(list));
     }
 
     /// Waits for every kernel, before the memory goes. What a device may still read is lost to the

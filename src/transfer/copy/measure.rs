@@ -240,9 +240,7 @@ impl Scratch {
             Method::Plain | Method::Batch => &pieces[..pieces.len().min(MOST_CALLS)],
         };
         if let (Method::Kernel, Some(list)) = (method, &mut self.list) {
-            for (index, piece) in pieces.iter().enumerate() {
-                list.set(index, *piece);
-            }
+            list.write(pieces);
         }
         let event = streams.event()?;
         let bytes: u64 = pieces.iter().map(|piece| piece.bytes).sum();

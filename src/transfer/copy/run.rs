@@ -148,6 +148,10 @@ impl Run {
     /// # Safety
     /// The groups are what the planner made of memory that is valid for the call.
     pub unsafe fn submit(&mut self, groups: &[Group]) -> Result<()> {
+        if self.work.batch.failed() {
+            self.lower_to(groups);
+            return Err(Error::new(ErrorKind::Internal, "an earlier piece failed"));
+        }
         for (index, group) in groups.iter().enumerate() {
             // SAFETY: by this function's contract.
             let submitted = unsafe { self.submit_group(group) };
@@ -205,7 +209,7 @@ impl Run {
             match (pageable, direction) {
                 (true, Direction::ToDevice) => staged::to_device(work, lane, items),
                 (true, _) => staged::to_host(work, lane, items),
-                (false, _) => lane.queue(&work.engine, items).inspect_err(|_| {
+                (false, _) => lane.queue(&work.engine, items, None).inspect_err(|_| {
                     let alone = items.len() == 1;
                     work.floor.lower(if alone { lane.reached } else { at });
                 }),
@@ -280,7 +284,8 @@ impl Run {
     /// Waits for the threads and, unless the copy is on a stream of the host, for the devices.
     /// `submitted` is how far submitting came, `bytes` how many there were.
     pub fn finish(mut self, submitted: Result<()>, bytes: u64) -> Ended {
-        let mut status = submitted.and(self.work.batch.wait());
+        // A failure of a job is the reason for a failure to submit more.
+        let mut status = self.work.batch.wait().and(submitted);
         let failed = status.is_err();
         for used in &mut self.used {
             let ended = match (used.owner, &self.host) {

@@ -1,25 +1,36 @@
 //! Pieces with a pageable side: packed into, or unpacked from, slots of the staging ring by several
 //! threads, while the bus works on other slots.
+//!
+//! Threads take loads from a common list and hold a slot only while they work on it: one that waits
+//! for a slot holds none, so slots always come free.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::Floor;
 use super::lane::Lane;
 use super::plan::Item;
-use crate::device::Piece;
+use crate::device::{Event, Piece};
 use crate::error::Result;
 use crate::op::Control;
-use crate::transfer::staging::{PIECE, Slot};
-use crate::transfer::{Batch, Engine};
+use crate::transfer::staging::{PIECE, Ring, Slot};
+use crate::transfer::{Batch, Engine, Streams, streaming};
 
 /// A copy up to this size is done by the calling thread: handing it over would take longer.
 const ALONE: u64 = 512 << 10;
 
 /// The least that is worth a slot of its own.
-const LEAST: u64 = 512 << 10;
+const LEAST: u64 = 256 << 10;
 
 /// A device address and its place in the slot agree modulo this, for the sake of copy kernels.
 const ALIGNMENT: u64 = 16;
+
+/// Room at the end of a slot for the entry of a piece in a kernel's list.
+const ENTRY: u64 = size_of::<Piece>() as u64;
+
+/// Copies to the host that one thread has under way.
+const DEPTH: usize = 2;
 
 /// What several threads share of one call.
 #[derive(Clone)]
@@ -40,9 +51,29 @@ impl Load {
     fn at(&self) -> u64 {
         self.parts.first().map_or(u64::MAX, |(item, _)| item.at)
     }
+
+    /// The parts with their places in `slot` on one side.
+    fn in_slot(&self, slot: &Slot, place: impl Fn(&mut Piece, u64)) -> Vec<Item> {
+        let base = slot.pointer() as u64;
+        let staged = self.parts.iter().map(|(item, start)| {
+            let mut item = *item;
+            place(&mut item.piece, base + start);
+            item
+        });
+        staged.collect()
+    }
+
+    /// Where a kernel's list of the parts goes in `slot`: behind them, to its very end.
+    fn list_in(&self, slot: &Slot) -> *mut Piece {
+        let offset = PIECE - self.parts.len() * ENTRY as usize;
+        // SAFETY: `Loads` left that much room at the end of the slot where there are several parts,
+        // and one alone is not listed.
+        unsafe { slot.pointer().add(offset).cast() }
+    }
 }
 
-/// Cuts the items into loads of about `most` bytes. `aligned` is the side that is on the device.
+/// Cuts items into loads of at most `most` bytes. `aligned` is the address that copy kernels want
+/// aligned.
 struct Loads<'a> {
     items: &'a [Item],
     /// Bytes of the first item that went already.
@@ -62,12 +93,17 @@ impl Iterator for Loads<'_> {
         let mut end = 0;
         while let Some(item) = self.items.first() {
             let item = item.part(self.skip, item.piece.bytes - self.skip);
+            // A part alone needs no list.
+            let room = match load.parts.len() as u64 {
+                0 => self.most,
+                before => self.most.saturating_sub((before + 1) * ENTRY),
+            };
             let phase = (self.aligned)(&item) % ALIGNMENT;
             let start = end + (phase + ALIGNMENT - end % ALIGNMENT) % ALIGNMENT;
-            if start >= self.most {
+            if start >= room {
                 break;
             }
-            let bytes = item.piece.bytes.min(self.most - start);
+            let bytes = item.piece.bytes.min(room - start);
             load.parts.push((item.part(0, bytes), start));
             load.bytes += bytes;
             end = start + bytes;
@@ -83,73 +119,69 @@ impl Iterator for Loads<'_> {
     }
 }
 
-fn loads<'a>(engine: &Engine, items: &'a [Item], aligned: fn(&Item) -> u64) -> (Loads<'a>, bool) {
-    let total: u64 = items.iter().map(|item| item.piece.bytes).sum();
-    // Two slots for each thread, where there is so much.
-    let share = total / (2 * engine.workers().most() as u64);
-    let most = share.next_multiple_of(LEAST).clamp(LEAST, PIECE as u64);
-    let loads = Loads {
-        items,
-        skip: 0,
-        most,
-        aligned,
-    };
-    (loads, total <= ALONE)
+/// The loads of one group, which threads take one after the other.
+struct Share {
+    work: Work,
+    loads: Vec<Load>,
+    next: AtomicUsize,
+    failed: AtomicBool,
 }
 
-/// Queues or does `job`, whose bytes from `at` on are not certain if it fails.
-fn hand_out(
-    work: &Work,
-    alone: bool,
-    at: u64,
-    job: impl FnOnce(&Work) -> Result<()> + Send + 'static,
-) -> Result<()> {
-    let inner = work.clone();
-    let job = move || job(&inner).inspect_err(|_| inner.floor.lower(at));
-    if alone {
-        return job();
-    }
-    work.batch.submit(work.engine.workers(), job);
-    Ok(())
-}
-
-/// Gives every load a slot and to `each`, until one fails.
-fn each_load(
-    work: &Work,
-    lane: &mut Lane,
-    loads: Loads<'_>,
-    mut each: impl FnMut(Slot, &mut Lane, Load) -> Result<()>,
-) -> Result<()> {
-    let first = loads.items.first().map_or(u64::MAX, |item| item.at);
-    let ring = work
-        .engine
-        .ring(lane.device())
-        .inspect_err(|_| work.floor.lower(first))?;
-    for load in loads {
-        let at = load.at();
-        if work.batch.failed() {
-            // The batch tells why.
-            work.floor.lower(at);
-            return Ok(());
+impl Share {
+    fn new(work: &Work, items: &[Item], aligned: fn(&Item) -> u64) -> Share {
+        let total: u64 = items.iter().map(|item| item.piece.bytes).sum();
+        // Two slots for each thread, where there is so much.
+        let share = total / (2 * work.engine.workers().most() as u64);
+        let most = share.next_multiple_of(LEAST).clamp(LEAST, PIECE as u64);
+        let loads = Loads {
+            items,
+            skip: 0,
+            most: if total <= ALONE { PIECE as u64 } else { most },
+            aligned,
+        };
+        Share {
+            work: work.clone(),
+            loads: loads.collect(),
+            next: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
         }
-        work.control
-            .check()
-            .and_then(|()| ring.acquire())
-            .and_then(|slot| each(slot, lane, load))
-            .inspect_err(|_| work.floor.lower(at))?;
     }
-    Ok(())
-}
 
-/// Where the parts of a load lie in its slot.
-fn in_slot(slot: &Slot, load: &Load, place: impl Fn(&mut Piece, u64)) -> Vec<Item> {
-    let base = slot.pointer() as u64;
-    let staged = load.parts.iter().map(|(item, start)| {
-        let mut item = *item;
-        place(&mut item.piece, base + start);
-        item
-    });
-    staged.collect()
+    /// Has `work` done by as many threads as are of use, or by this one. Each is to take loads
+    /// until there are none.
+    fn hand_out(self, job: impl Fn(&Share) -> Result<()> + Send + Sync + 'static) -> Result<()> {
+        let threads = self.work.engine.workers().most().min(self.loads.len());
+        if self.loads.len() == 1 {
+            return job(&self);
+        }
+        let batch = self.work.batch.clone();
+        let engine = Arc::clone(&self.work.engine);
+        let shared = Arc::new((self, job));
+        for _ in 0..threads {
+            let shared = Arc::clone(&shared);
+            batch.submit(engine.workers(), move || (shared.1)(&shared.0));
+        }
+        Ok(())
+    }
+
+    /// The next load, `None` when there is none, or when another thread failed.
+    fn take(&self) -> Result<Option<&Load>> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        let Some(load) = self.loads.get(index) else {
+            return Ok(None);
+        };
+        self.work.control.check().inspect_err(|_| self.fail(load))?;
+        Ok(Some(load))
+    }
+
+    /// Nothing from this load on is certain; those not taken yet all lie behind it.
+    fn fail(&self, load: &Load) {
+        self.work.floor.lower(load.at());
+        self.failed.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Copies from pageable memory. When the jobs of the batch are done, the source was read and the
@@ -158,52 +190,152 @@ fn in_slot(slot: &Slot, load: &Load, place: impl Fn(&mut Piece, u64)) -> Vec<Ite
 /// # Safety
 /// Sources stay valid until the batch was waited for, destinations until the stream has passed.
 pub(super) unsafe fn to_device(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<()> {
-    let (loads, alone) = loads(&work.engine, items, |item| item.piece.destination);
+    let ring = prepare(work, lane, items)?;
+    let share = Share::new(work, items, |item| item.piece.destination);
     if let Some(item) = items.first() {
         lane.begin(item.at);
     }
-    each_load(work, lane, loads, |slot, lane, load| {
-        let mut lane = lane.beside(&work.engine, load.parts.len())?;
-        hand_out(work, alone, load.at(), move |work| {
-            let staged = in_slot(&slot, &load, |piece, place| piece.source = place);
-            for ((item, _), staged) in load.parts.iter().zip(&staged) {
-                let piece = &item.piece;
-                // SAFETY: the source is valid by the function's contract; the slot is ours, and a
-                // load fits into it.
-                unsafe { copy_bytes(staged.piece.source, piece.source, piece.bytes) };
-            }
-            // SAFETY: the slot is pinned and leaves behind the copies; destinations by contract.
-            unsafe { queue_and_leave(work, &mut lane, slot, &staged) }?;
-            work.control.advance(load.bytes);
-            Ok(())
-        })
+    let template = lane.beside();
+    share.hand_out(move |share| {
+        while let Some(load) = share.take()? {
+            let mut lane = template.beside();
+            ring.acquire()
+                .and_then(|slot| {
+                    let staged = load.in_slot(&slot, |piece, place| piece.source = place);
+                    for ((item, _), staged) in load.parts.iter().zip(&staged) {
+                        let piece = &item.piece;
+                        // SAFETY: the source is valid by the function's contract; the slot is ours,
+                        // and a load fits into it.
+                        unsafe { copy_bytes(staged.piece.source, piece.source, piece.bytes) };
+                    }
+                    let room = Some(load.list_in(&slot));
+                    // SAFETY: the slot is pinned and leaves behind the copies; destinations by
+                    // contract.
+                    unsafe { queue_and_leave(&share.work, &mut lane, slot, room, &staged) }
+                })
+                .inspect_err(|_| share.fail(load))?;
+            share.work.control.advance(load.bytes);
+        }
+        Ok(())
     })
+}
+
+/// What a group needs before threads work on it: staging memory, and methods for its sizes. When
+/// there is none, nothing of the items is certain.
+fn prepare(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<Arc<Ring>> {
+    let prepared = if items.len() > 1 {
+        lane.choose(&work.engine)
+    } else {
+        Ok(())
+    };
+    prepared
+        .and_then(|()| work.engine.ring(lane.device()))
+        .inspect_err(|_| {
+            work.floor
+                .lower(items.first().map_or(u64::MAX, |item| item.at));
+        })
 }
 
 /// Queues copies that use `slot`, which is free again when they are done.
 ///
 /// # Safety
 /// As for [`Lane::queue`].
-pub(super) unsafe fn queue_and_leave(
+unsafe fn queue_and_leave(
     work: &Work,
     lane: &mut Lane,
     mut slot: Slot,
-    items: &[Item],
+    room: Option<*mut Piece>,
+    staged: &[Item],
 ) -> Result<()> {
-    let event = lane.streams.take_event()?;
     // SAFETY: by this function's contract.
-    let queued = unsafe { lane.queue(&work.engine, items) }
-        .and_then(|()| lane.device().event_record(event, lane.stream));
-    match queued {
-        Ok(()) => {
+    match unsafe { queue_load(work, lane, room, staged) } {
+        Ok(event) => {
             slot.leave(&lane.streams, event);
             Ok(())
         }
         Err(error) => {
-            lane.streams.give_event(event);
             slot.abandon(lane.device());
             Err(error)
         }
+    }
+}
+
+/// Queues a load, and the event behind it. After an error the device may use the slot.
+///
+/// # Safety
+/// As for [`Lane::queue`], until the event has passed.
+unsafe fn queue_load(
+    work: &Work,
+    lane: &mut Lane,
+    room: Option<*mut Piece>,
+    staged: &[Item],
+) -> Result<Event> {
+    let event = lane.streams.take_event()?;
+    // SAFETY: by this function's contract.
+    let queued = unsafe { lane.queue(&work.engine, staged, room) }
+        .and_then(|()| lane.device().event_record(event, lane.stream));
+    match queued {
+        Ok(()) => Ok(event),
+        Err(error) => {
+            lane.streams.give_event(event);
+            Err(error)
+        }
+    }
+}
+
+/// A load on its way from the device.
+struct Flight<'a> {
+    load: &'a Load,
+    staged: Vec<Item>,
+    streams: Arc<Streams>,
+    event: Event,
+    /// `None` once it has landed.
+    slot: Option<Slot>,
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = &mut self.slot {
+            slot.abandon(&self.streams.device);
+        }
+        self.streams.give_event(self.event);
+    }
+}
+
+impl<'a> Flight<'a> {
+    /// # Safety
+    /// As for [`Lane::queue`].
+    unsafe fn start(work: &Work, lane: &mut Lane, mut slot: Slot, load: &'a Load) -> Result<Self> {
+        let staged = load.in_slot(&slot, |piece, place| piece.destination = place);
+        // SAFETY: by this function's contract; the slot is waited for, or abandoned.
+        match unsafe { queue_load(work, lane, Some(load.list_in(&slot)), &staged) } {
+            Ok(event) => Ok(Flight {
+                load,
+                staged,
+                streams: Arc::clone(&lane.streams),
+                event,
+                slot: Some(slot),
+            }),
+            Err(error) => {
+                slot.abandon(lane.device());
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits, puts the bytes where they belong, and gives the slot back.
+    ///
+    /// # Safety
+    /// The destinations are valid.
+    unsafe fn land(mut self) -> Result<Option<Slot>> {
+        self.streams.device.event_synchronize(self.event)?;
+        for ((item, _), staged) in self.load.parts.iter().zip(&self.staged) {
+            let piece = &item.piece;
+            // SAFETY: by this function's contract; the slot is ours, and no copy writes to it any
+            // more.
+            unsafe { copy_bytes(piece.destination, staged.piece.destination, piece.bytes) };
+        }
+        Ok(self.slot.take())
     }
 }
 
@@ -212,36 +344,57 @@ pub(super) unsafe fn queue_and_leave(
 /// # Safety
 /// Both sides stay valid until the batch was waited for.
 pub(super) unsafe fn to_host(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<()> {
-    let (loads, alone) = loads(&work.engine, items, |item| item.piece.source);
-    each_load(work, lane, loads, |mut slot, lane, load| {
-        let staged = in_slot(&slot, &load, |piece, place| piece.destination = place);
-        let mut lane = lane.beside(&work.engine, staged.len())?;
-        let event = lane.streams.take_event()?;
-        // SAFETY: sources by this function's contract; the slot is waited for, or abandoned.
-        let queued = unsafe { lane.queue(&work.engine, &staged) }
-            .and_then(|()| lane.device().event_record(event, lane.stream));
-        if let Err(error) = queued {
-            lane.streams.give_event(event);
-            slot.abandon(lane.device());
-            return Err(error);
+    let ring = prepare(work, lane, items)?;
+    let share = Share::new(work, items, |item| item.piece.source);
+    let template = lane.beside();
+    share.hand_out(move |share| {
+        let mut flights: VecDeque<Flight<'_>> = VecDeque::new();
+        let land = |flight: Flight<'_>| {
+            let load = flight.load;
+            // SAFETY: by the function's contract.
+            let landed = unsafe { flight.land() };
+            match &landed {
+                Ok(_) => share.work.control.advance(load.bytes),
+                Err(_) => share.fail(load),
+            }
+            landed
+        };
+        let mut outcome = Ok(());
+        while outcome.is_ok() {
+            let load = match share.take() {
+                Ok(Some(load)) => load,
+                Ok(None) => break,
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            };
+            let free = match flights.len() {
+                DEPTH => None,
+                _ => ring.try_acquire(),
+            };
+            let slot = match free {
+                Some(slot) => Ok(Some(slot)),
+                None => flights.pop_front().map_or(Ok(None), land),
+            };
+            let mut lane = template.beside();
+            let started = slot
+                .and_then(|slot| slot.map_or_else(|| ring.acquire(), Ok))
+                // SAFETY: by the function's contract.
+                .and_then(|slot| unsafe { Flight::start(&share.work, &mut lane, slot, load) });
+            match started {
+                Ok(flight) => flights.push_back(flight),
+                Err(error) => {
+                    share.fail(load);
+                    outcome = Err(error);
+                }
+            }
         }
-        let streams = Arc::clone(&lane.streams);
-        hand_out(work, alone, load.at(), move |work| {
-            let waited = streams.device.event_synchronize(event);
-            streams.give_event(event);
-            if let Err(error) = waited {
-                slot.abandon(&streams.device);
-                return Err(error);
-            }
-            for ((item, _), staged) in load.parts.iter().zip(&staged) {
-                let piece = &item.piece;
-                // SAFETY: the destination is valid by the function's contract; the slot is ours,
-                // and no copy writes to it any more.
-                unsafe { copy_bytes(piece.destination, staged.piece.destination, piece.bytes) };
-            }
-            work.control.advance(load.bytes);
-            Ok(())
-        })
+        // What is under way is needed in any case: bytes before a failure are certain.
+        for flight in flights {
+            outcome = outcome.and(land(flight).map(drop));
+        }
+        outcome
     })
 }
 
@@ -256,31 +409,39 @@ pub(super) unsafe fn between_devices(
     items: &[Item],
 ) -> Result<()> {
     let (from, to) = lanes;
+    let ring = prepare(work, from, items)?;
+    prepare(work, to, items)?;
     if let Some(item) = items.first() {
         to.begin(item.at);
     }
-    let (loads, _) = loads(&work.engine, items, |item| item.piece.source);
-    each_load(work, from, loads, |mut slot, from, load| {
-        let into = in_slot(&slot, &load, |piece, place| piece.destination = place);
-        let out_of = in_slot(&slot, &load, |piece, place| piece.source = place);
-        let mut from = from.beside(&work.engine, into.len())?;
-        let mut onward = to.beside(&work.engine, out_of.len())?;
-        let streams = Arc::clone(&from.streams);
-        let event = streams.event()?;
-        // SAFETY: the source by this function's contract; the slot leaves behind the second copy.
-        let queued = unsafe { from.queue(&work.engine, &into) }
-            .and_then(|()| from.device().event_record(event.event(), from.stream))
-            .and_then(|()| to.device().stream_wait(to.stream, event.event()));
-        drop(event);
-        if let Err(error) = queued {
-            slot.abandon(from.device());
-            return Err(error);
-        }
-        // SAFETY: as above, for the destination.
-        unsafe { queue_and_leave(work, &mut onward, slot, &out_of) }?;
+    let share = Share::new(work, items, |item| item.piece.source);
+    while let Some(load) = share.take()? {
+        let (mut from, mut to) = (from.beside(), to.beside());
+        ring.acquire()
+            .and_then(|mut slot| {
+                let into = load.in_slot(&slot, |piece, place| piece.destination = place);
+                let out_of = load.in_slot(&slot, |piece, place| piece.source = place);
+                // SAFETY: the source by this function's contract; the slot leaves behind the second
+                // copy, or is abandoned.
+                let room = Some(load.list_in(&slot));
+                let queued = unsafe { queue_load(work, &mut from, room, &into) };
+                let followed = queued.and_then(|event| {
+                    let followed = to.device().stream_wait(to.stream, event);
+                    from.streams.give_event(event);
+                    followed
+                });
+                if let Err(error) = followed {
+                    slot.abandon(from.device());
+                    return Err(error);
+                }
+                // The room is taken; this thread may wait for other.
+                // SAFETY: as above, for the destination.
+                unsafe { queue_and_leave(work, &mut to, slot, None, &out_of) }
+            })
+            .inspect_err(|_| share.fail(load))?;
         work.control.advance(load.bytes);
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Copies between places in host memory. Done when the batch is.
@@ -288,25 +449,17 @@ pub(super) unsafe fn between_devices(
 /// # Safety
 /// Both sides stay valid until the batch was waited for.
 pub(super) unsafe fn on_host(work: &Work, items: &[Item]) -> Result<()> {
-    let (loads, alone) = loads(&work.engine, items, |_| 0);
-    for load in loads {
-        let at = load.at();
-        if work.batch.failed() {
-            work.floor.lower(at);
-            return Ok(());
-        }
-        work.control.check().inspect_err(|_| work.floor.lower(at))?;
-        hand_out(work, alone, at, move |work| {
+    Share::new(work, items, |_| 0).hand_out(|share| {
+        while let Some(load) = share.take()? {
             for (item, _) in &load.parts {
                 let piece = &item.piece;
                 // SAFETY: by the function's contract.
                 unsafe { copy_bytes(piece.destination, piece.source, piece.bytes) };
             }
-            work.control.advance(load.bytes);
-            Ok(())
-        })?;
-    }
-    Ok(())
+            share.work.control.advance(load.bytes);
+        }
+        Ok(())
+    })
 }
 
 /// # Safety
@@ -315,7 +468,7 @@ unsafe fn copy_bytes(destination: u64, source: u64, bytes: u64) {
     let from = std::ptr::with_exposed_provenance::<u8>(source as usize);
     let to = std::ptr::with_exposed_provenance_mut::<u8>(destination as usize);
     // SAFETY: by this function's contract.
-    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes as usize) };
+    unsafe { streaming::copy(from, to, bytes as usize) };
 }
 
 #[cfg(test)]
