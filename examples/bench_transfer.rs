@@ -389,6 +389,7 @@ struct DeviceMemory {
 
 struct Bench {
     bare: Bare,
+    memory: Arc<dyn Device>,
     device: u32,
     devices: u32,
     kind: DeviceKind,
@@ -442,6 +443,7 @@ impl Bench {
             on_device: [allocate()?, allocate()?],
             seed: 1,
             report: Report::new(device.info()),
+            memory: device,
             saver,
         })
     }
@@ -682,7 +684,6 @@ impl Bench {
         self.pinned.randomize(half, self.seed);
         let lanes = [self.bare.lane(self.device)?, self.bare.lane(self.device)?];
         lanes[0].enter()?;
-        let wait = || lanes.iter().try_for_each(|lane| lane.synchronize());
         let seconds = self.seconds(|| {
             // SAFETY: the sides are valid for `half` bytes, do not overlap, and are used by
             // nobody else until both streams were waited for.
@@ -702,7 +703,8 @@ impl Bench {
                     lanes[1].handle(),
                 ))?;
             }
-            wait()
+            // On the host device the streams are not those of the lanes.
+            Ok(self.memory.synchronize()?)
         })?;
         // SAFETY: nothing is queued any more.
         unsafe {
@@ -718,7 +720,7 @@ impl Bench {
                 lanes[0].copy(up, from, half)?;
                 lanes[1].copy(to, down, half)?;
             }
-            wait()
+            lanes.iter().try_for_each(|lane| lane.synchronize())
         })?;
         let mut row = Row::new(BOTH, 2 * half as u64, seconds);
         let (_, queued) = self.bare.names();

@@ -351,10 +351,19 @@ class CopyTest(TensorTest):
                     call()
                 self.assertEqual(calls, [])
 
+    @contextlib.contextmanager
     def streams(self, **streams):
-        return mock.patch.object(
-            torch.cuda, "current_stream", lambda device: streams[f"device{device.index}"]
-        )
+        """PyTorch's current streams; the ones of a driver also make their device current."""
+
+        def of(device):
+            return streams[f"device{device.index}"]
+
+        def current(device):
+            return getattr(of(device), "current", contextlib.nullcontext)()
+
+        with mock.patch.object(torch.cuda, "current_stream", of):
+            with mock.patch.object(torch.cuda, "device", current):
+                yield
 
     def test_streams_of_torch(self):
         log = []
@@ -442,14 +451,15 @@ class CopyTest(TensorTest):
 
     @unittest.skipUnless(ON_CUDA and tms.device_count() > 1, "needs two devices of a driver")
     def test_two_devices(self):
-        streams = self.streams(device0=DriverStream(0), device1=DriverStream(1))
+        streams = {"device0": DriverStream(0), "device1": DriverStream(1)}
         for shape, non_blocking in itertools.product(((300_000,), (50, 600)), (False, True)):
             src, _ = self.tensor("cuda:0", shape)
             dst, block = self.tensor("cuda:1", shape)
             back, _ = self.tensor("cuda:0", shape)
             if len(shape) == 2:
                 src, dst, back = src[:, :512], dst[:, 50:562], back[:, 88:]
-            with self.subTest(shape=shape, non_blocking=non_blocking), streams:
+            about = {"shape": shape, "non_blocking": non_blocking}
+            with self.subTest(**about), self.streams(**streams):
                 expected = self.raw(src)
                 tms.cuda_copy_d2d(dst, src, non_blocking)
                 tms.cuda_copy_d2d(back, dst, non_blocking)
