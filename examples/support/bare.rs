@@ -246,16 +246,24 @@ impl Lane<'_> {
         let Some(copy_rows) = driver.copy_rows else {
             return Ok(false);
         };
-        // SAFETY: plain data, of which zero is a valid value; the memory types are set below.
-        let mut copy: CUDA_MEMCPY2D_st = unsafe { std::mem::zeroed() };
-        copy.srcMemoryType = CUmemorytype::CU_MEMORYTYPE_UNIFIED;
-        copy.srcDevice = source;
-        copy.srcPitch = rows.source_pitch;
-        copy.dstMemoryType = CUmemorytype::CU_MEMORYTYPE_UNIFIED;
-        copy.dstDevice = destination;
-        copy.dstPitch = rows.destination_pitch;
-        copy.WidthInBytes = rows.width;
-        copy.Height = rows.height;
+        let copy = CUDA_MEMCPY2D_st {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
+            srcHost: ptr::null(),
+            srcDevice: source,
+            srcArray: ptr::null_mut(),
+            srcPitch: rows.source_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: CUmemorytype::CU_MEMORYTYPE_UNIFIED,
+            dstHost: ptr::null_mut(),
+            dstDevice: destination,
+            dstArray: ptr::null_mut(),
+            dstPitch: rows.destination_pitch,
+            WidthInBytes: rows.width,
+            Height: rows.height,
+        };
         // SAFETY: the caller's promise.
         check("cuMemcpy2DAsync", unsafe { copy_rows(&copy, self.stream) })?;
         Ok(true)
