@@ -30,7 +30,7 @@ trap 'rm -f "$script"' EXIT
     printf ' *; };\n'
 } >"$script"
 
-sources=(entry object range fault error device context vmm plain host copy stream worker event capture module control)
+sources=(entry object range fault error device context vmm plain host copy stream worker event capture module kernels control)
 paths=("${sources[@]/%/.c}")
 paths=("${paths[@]/#/$here/}")
 "${CC:-gcc}" -std=gnu11 -O1 -g -Wall -Wextra -Werror -fPIC -shared -pthread -fvisibility=hidden "${flags[@]}" \

@@ -376,6 +376,75 @@ CUresult cuMemcpyBatchAsync(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes,
     return call_end(CUDA_SUCCESS);
 }
 
+/* Where the first row of one side of a pitched copy begins, and which memory it must be. */
+static bool pitched_side(int type, uintptr_t host, CUdeviceptr device, size_t x, size_t y, size_t pitch, uintptr_t *address,
+                         enum expectation *is) {
+    switch (type) {
+    case CU_MEMORYTYPE_HOST:
+        *address = host;
+        *is = EXPECT_HOST;
+        break;
+    case CU_MEMORYTYPE_DEVICE:
+        *address = (uintptr_t)device;
+        *is = EXPECT_DEVICE;
+        break;
+    case CU_MEMORYTYPE_UNIFIED:
+        *address = (uintptr_t)device;
+        *is = EXPECT_ANY;
+        break;
+    default:
+        return false;
+    }
+    *address += y * pitch + x;
+    return true;
+}
+
+/* A row each, all of which are checked before the first is queued. */
+static int copy_pitched(struct copy row, size_t dst_pitch, size_t src_pitch, size_t height, CUstream handle) {
+    struct stream *stream = stream_lookup(handle);
+    if (!stream) {
+        return CUDA_ERROR_INVALID_HANDLE;
+    }
+    struct copy first = row;
+    for (size_t y = 0; y < height; y++, row.dst += dst_pitch, row.src += src_pitch) {
+        int rc = 0;
+        struct op *op = copy_prepare(&row, stream, &rc);
+        if (!op) {
+            return rc;
+        }
+        op_free(op);
+    }
+    for (row = first; height > 0; height--, row.dst += dst_pitch, row.src += src_pitch) {
+        int rc = copy_queue(&row, handle);
+        if (rc) {
+            return rc;
+        }
+        row.prompt = true;
+    }
+    return CUDA_SUCCESS;
+}
+
+CUresult cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *copy, CUstream stream) {
+    enum { LARGEST_PITCH = 0x7fffffff };
+    ENTER(NEEDS_CONTEXT)
+    uintptr_t dst, src;
+    enum expectation dst_is, src_is;
+    bool sides = copy &&
+                 pitched_side(copy->dstMemoryType, (uintptr_t)copy->dstHost, copy->dstDevice, copy->dstXInBytes, copy->dstY,
+                              copy->dstPitch, &dst, &dst_is) &&
+                 pitched_side(copy->srcMemoryType, (uintptr_t)copy->srcHost, copy->srcDevice, copy->srcXInBytes, copy->srcY,
+                              copy->srcPitch, &src, &src_is);
+    if (!sides || copy->dstPitch > LARGEST_PITCH || copy->srcPitch > LARGEST_PITCH ||
+        copy->WidthInBytes + copy->dstXInBytes > copy->dstPitch || copy->WidthInBytes + copy->srcXInBytes > copy->srcPitch) {
+        return call_end(CUDA_ERROR_INVALID_VALUE);
+    }
+    if (copy->WidthInBytes == 0 || copy->Height == 0) {
+        return call_end(CUDA_SUCCESS);
+    }
+    struct copy row = copy_of(dst, dst_is, src, src_is, copy->WidthInBytes);
+    return call_end(copy_pitched(row, copy->dstPitch, copy->srcPitch, copy->Height, stream));
+}
+
 static int fill(CUdeviceptr dst, unsigned value, unsigned width, size_t count, CUstream handle) {
     struct stream *stream = stream_lookup(handle);
     if (!stream) {

@@ -357,4 +357,9 @@ struct kernel_call *kernel_clone(const struct kernel_call *kernel);
 void kernel_free(struct kernel_call *kernel);
 void modules_destroy_of(struct fc_context *context);
 
+/* ---- Models of the kernels of the library under test: kernels.c. The lock is not held. ---- */
+
+void copy_pieces_kernel(const struct fakecuda_launch *launch);
+void fingerprint_kernel(const struct fakecuda_launch *launch);
+
 #endif

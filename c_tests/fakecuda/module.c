@@ -39,8 +39,12 @@ struct launch_state {
 
 static void fill_kernel(const struct fakecuda_launch *launch);
 
-static struct model models[MAX_KERNELS] = {{"fakecuda_fill", fill_kernel}};
-static int model_count = 1;
+static struct model models[MAX_KERNELS] = {
+    {"fakecuda_fill", fill_kernel},
+    {"tms_copy_pieces", copy_pieces_kernel},
+    {"tms_fingerprint", fingerprint_kernel},
+};
+static int model_count = 3;
 
 /* ---- Registry ---- */
 

@@ -105,6 +105,32 @@ pub struct Piece {
     pub bytes: u64,
 }
 
+impl Piece {
+    /// What [`Device::copy_pieces`] copies fast as one piece, bytes: enough for the bus, and few
+    /// enough that the threads of a device share a copy evenly.
+    pub const TILE: u64 = 16 << 10;
+
+    /// This piece cut into pieces of at most [`Self::TILE`] bytes, each but the first with a
+    /// destination at a multiple of 128. Nothing for a piece of no bytes.
+    pub fn tiles(self) -> impl Iterator<Item = Piece> {
+        let mut rest = self;
+        std::iter::from_fn(move || {
+            if rest.bytes == 0 {
+                return None;
+            }
+            let past = rest.destination % 128;
+            let bytes = rest.bytes.min(Piece::TILE - past);
+            let tile = Piece { bytes, ..rest };
+            rest = Piece {
+                destination: rest.destination + bytes,
+                source: rest.source + bytes,
+                bytes: rest.bytes - bytes,
+            };
+            Some(tile)
+        })
+    }
+}
+
 /// A copy of `height` rows of `width` bytes each, which begin `pitch` bytes apart on either side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pitched {
@@ -114,6 +140,48 @@ pub struct Pitched {
     pub source_pitch: u64,
     pub width: u64,
     pub height: u64,
+}
+
+impl Pitched {
+    /// Whether any byte is copied.
+    pub fn is_empty(&self) -> bool {
+        self.width == 0 || self.height == 0
+    }
+
+    /// The rows, first to last. Only for a copy that passed [`Self::check`].
+    pub fn rows(self) -> impl Iterator<Item = Piece> {
+        (0..self.height).map(move |row| Piece {
+            destination: self.destination + row * self.destination_pitch,
+            source: self.source + row * self.source_pitch,
+            bytes: self.width,
+        })
+    }
+
+    /// An error that names the argument if rows overlap or go beyond the last address.
+    pub fn check(&self) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let sides = [
+            ("destination", self.destination, self.destination_pitch),
+            ("source", self.source, self.source_pitch),
+        ];
+        for (name, start, pitch) in sides {
+            if self.height > 1 && pitch < self.width {
+                let why = format!("{pitch} is less than the width, {}", self.width);
+                return Err(Error::invalid(&format!("{name}_pitch"), why));
+            }
+            let extent = (self.height - 1)
+                .checked_mul(pitch)
+                .and_then(|last| last.checked_add(self.width))
+                .and_then(|extent| start.checked_add(extent));
+            if extent.is_none() {
+                let why = format!("{} rows go beyond the last address", self.height);
+                return Err(Error::invalid(name, why));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What kind of memory an address belongs to.
@@ -224,46 +292,42 @@ pub trait Device: Send + Sync + fmt::Debug {
     ) -> Result<()>;
 
     /// Whether [`Self::copy_pieces`] and [`Self::fingerprint`] work.
-    fn has_kernels(&self) -> bool {
-        false
-    }
+    fn has_kernels(&self) -> bool;
 
     /// Whether [`Self::copy_batch`] works.
-    fn has_batch(&self) -> bool {
-        false
-    }
+    fn has_batch(&self) -> bool;
 
-    /// Queues all pieces as one kernel. Any sizes and alignments; no piece may overlap another
-    /// piece's destination. `list` is pinned memory and stays unchanged until the stream has passed
-    /// the copy. `blocks` bounds the thread blocks of the kernel.
+    /// Queues all pieces as one kernel. Any sizes and alignments, 0 bytes too; no destination may
+    /// overlap another piece or its own source. A piece is copied by one warp: cut those of more
+    /// than [`Piece::TILE`] bytes by [`Piece::tiles`], or they are slow. `list` is pinned memory and
+    /// stays unchanged until the stream has passed the copy. `blocks` bounds the thread blocks of
+    /// the kernel, of 8 warps each.
     ///
     /// # Safety
     /// As for [`Self::copy`], for each piece; both sides are memory that this device can reach
     /// (its own, a peer's to which it has access, or pinned), and so is the list.
     unsafe fn copy_pieces(
         &self,
-        _list: *const Piece,
-        _count: u32,
-        _blocks: u32,
-        _stream: Stream,
-    ) -> Result<()> {
-        Err(unsupported("copy kernels"))
-    }
+        list: *const Piece,
+        count: u32,
+        blocks: u32,
+        stream: Stream,
+    ) -> Result<()>;
 
-    /// Queues all pieces by one call of the driver.
+    /// Queues all pieces by one call of the driver, in no order among each other. An error names
+    /// the piece at fault, `pieces[7]`, where it is known; pieces before it may be queued then. Not
+    /// on the legacy stream: [`ErrorKind::Unsupported`].
     ///
     /// # Safety
     /// As for [`Self::copy`], for each piece.
     unsafe fn copy_batch(
         &self,
-        _pieces: &[Piece],
-        _direction: Direction,
-        _stream: Stream,
-    ) -> Result<()> {
-        Err(unsupported("batched copies"))
-    }
+        pieces: &[Piece],
+        direction: Direction,
+        stream: Stream,
+    ) -> Result<()>;
 
-    /// Queues a pitched copy.
+    /// Queues a pitched copy. Rows must not overlap.
     ///
     /// # Safety
     /// As for [`Self::copy`], for each row.
@@ -272,54 +336,37 @@ pub trait Device: Send + Sync + fmt::Debug {
         copy: &Pitched,
         direction: Direction,
         stream: Stream,
-    ) -> Result<()> {
-        for row in 0..copy.height {
-            // SAFETY: by this function's contract.
-            unsafe {
-                self.copy(
-                    copy.destination + row * copy.destination_pitch,
-                    copy.source + row * copy.source_pitch,
-                    copy.width,
-                    direction,
-                    stream,
-                )
-            }?;
-        }
-        Ok(())
-    }
+    ) -> Result<()>;
 
     /// Queues a copy from this device's memory to that of the device `peer`, on a stream of this
-    /// one. [`ErrorKind::Unsupported`] where the two cannot reach each other.
+    /// one. Neither device needs access to the other's memory. [`ErrorKind::Unsupported`] where the
+    /// two cannot reach each other.
     ///
     /// # Safety
     /// As for [`Self::copy`].
     unsafe fn copy_to_peer(
         &self,
-        _destination: u64,
-        _peer: u32,
-        _source: u64,
-        _bytes: u64,
-        _stream: Stream,
-    ) -> Result<()> {
-        Err(unsupported("copies between devices"))
-    }
+        destination: u64,
+        peer: u32,
+        source: u64,
+        bytes: u64,
+        stream: Stream,
+    ) -> Result<()>;
 
     /// Queues the keyed fingerprints of blocks of this device's memory, see
     /// [`fingerprint::Key`]. `blocks` and `prints` are pinned memory with `count` entries; both
     /// stay valid, and the first unchanged, until the stream has passed the work.
     ///
     /// # Safety
-    /// As above, and every block is readable device memory.
+    /// As above, and every block is readable device memory at a multiple of 16.
     unsafe fn fingerprint(
         &self,
-        _key: &fingerprint::Key,
-        _blocks: *const fingerprint::Block,
-        _prints: *mut fingerprint::Print,
-        _count: u32,
-        _stream: Stream,
-    ) -> Result<()> {
-        Err(unsupported("fingerprints"))
-    }
+        key: &fingerprint::Key,
+        blocks: *const fingerprint::Block,
+        prints: *mut fingerprint::Print,
+        count: u32,
+        stream: Stream,
+    ) -> Result<()>;
 
     /// Queues setting `bytes` device bytes to `value`.
     fn fill(&self, address: Address, value: u8, bytes: u64, stream: Stream) -> Result<()>;
@@ -388,17 +435,50 @@ pub trait Platform: Send + Sync + fmt::Debug {
     /// Ordinal of the calling thread's current device, 0 if it has none.
     fn current_device(&self) -> u32;
 
-    /// What kind of memory `address` belongs to. Any address may be asked for; it is not read.
-    fn classify(&self, _address: u64) -> Result<MemoryRange> {
-        Err(unsupported("classification of addresses"))
-    }
+    /// What kind of memory `address` belongs to. Any address may be asked for; it is not read. An
+    /// error for reserved device addresses without memory behind them, where that is known.
+    fn classify(&self, address: u64) -> Result<MemoryRange>;
 }
 
-fn unsupported(what: &str) -> Error {
-    Error::new(
+// Checks that every implementation makes.
+
+fn check_pointer<T>(name: &str, pointer: *const T, count: u32) -> Result<()> {
+    if pointer.is_null() && count > 0 {
+        return Err(Error::invalid(name, "must not be NULL"));
+    }
+    Ok(())
+}
+
+fn check_blocks(blocks: u32) -> Result<()> {
+    if blocks == 0 {
+        return Err(Error::invalid("blocks", "must not be 0"));
+    }
+    Ok(())
+}
+
+/// The driver refuses batches there.
+fn check_not_legacy(stream: Stream) -> Result<()> {
+    if stream == Stream::of_host(0) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "batched copies are not possible on the legacy stream",
+        ));
+    }
+    Ok(())
+}
+
+fn check_peer(info: &DeviceInfo, peer: u32) -> Result<()> {
+    if info.peers.contains(&peer) {
+        return Ok(());
+    }
+    let ordinal = info.ordinal;
+    if peer == ordinal {
+        return Err(Error::invalid("peer", "is the device itself"));
+    }
+    Err(Error::new(
         ErrorKind::Unsupported,
-        format!("not possible on this device: {what}"),
-    )
+        format!("peer: device {ordinal} cannot reach device {peer}"),
+    ))
 }
 
 /// Opens what `TMS_DEVICE` asks for: `auto` (CUDA if a driver and a device answer, else host),
@@ -434,4 +514,97 @@ pub fn open(wanted: &str) -> Result<Arc<dyn Platform>> {
 /// `bytes` rounded up to a multiple of `granularity`, `None` on overflow.
 pub fn round_up(bytes: u64, granularity: u64) -> Option<u64> {
     bytes.checked_next_multiple_of(granularity)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_make_up_the_piece() {
+        for (destination, bytes) in [(0, 0), (1, 1), (127, 16384), (128, 1 << 20), (77, 99_999)] {
+            let source = 5000;
+            let piece = Piece {
+                destination,
+                source,
+                bytes,
+            };
+            let mut at = 0;
+            for tile in piece.tiles() {
+                assert_eq!(
+                    (tile.destination, tile.source),
+                    (destination + at, source + at)
+                );
+                assert!(at == 0 || tile.destination % 128 == 0);
+                assert!((1..=Piece::TILE).contains(&tile.bytes));
+                at += tile.bytes;
+            }
+            assert_eq!(at, bytes);
+            assert!(piece.tiles().count() as u64 <= bytes / Piece::TILE + 2);
+        }
+    }
+
+    #[test]
+    fn rows_that_cannot_be_name_their_argument() {
+        let good = Pitched {
+            destination: 1000,
+            destination_pitch: 64,
+            source: 2000,
+            source_pitch: 64,
+            width: 64,
+            height: 3,
+        };
+        good.check().unwrap();
+        let starts: Vec<_> = good
+            .rows()
+            .map(|row| (row.destination, row.source))
+            .collect();
+        assert_eq!(starts, [(1000, 2000), (1064, 2064), (1128, 2128)]);
+        let refused = |copy: Pitched, named: &str| {
+            let error = copy.check().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().starts_with(named), "{error}");
+        };
+        refused(
+            Pitched {
+                destination_pitch: 63,
+                ..good
+            },
+            "destination_pitch: ",
+        );
+        refused(
+            Pitched {
+                source_pitch: 0,
+                ..good
+            },
+            "source_pitch: ",
+        );
+        refused(
+            Pitched {
+                source_pitch: u64::MAX / 2,
+                ..good
+            },
+            "source: ",
+        );
+        refused(
+            Pitched {
+                destination: u64::MAX - 100,
+                ..good
+            },
+            "destination: ",
+        );
+        let one_row = Pitched {
+            source_pitch: 0,
+            height: 1,
+            ..good
+        };
+        one_row.check().unwrap();
+        Pitched {
+            source_pitch: 1,
+            width: 0,
+            ..good
+        }
+        .check()
+        .unwrap();
+    }
 }

@@ -74,6 +74,11 @@ impl PrimaryContext {
         })
     }
 
+    /// The driver's handle, alive as long as this.
+    pub(super) fn handle(&self) -> CUcontext {
+        self.handle
+    }
+
     /// Does `work` in this context. Inside of another `run` of the same context and thread it costs
     /// nothing.
     pub(super) fn run<T>(&self, work: impl FnOnce(&Current) -> Result<T>) -> Result<T> {

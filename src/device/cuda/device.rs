@@ -9,21 +9,29 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Attribute};
 
+use super::super::fingerprint::{Block, Key, Print};
 use super::super::{
     Address, CreateOptions, Device, DeviceInfo, DeviceKind, Direction, Event, MemoryUse, Physical,
-    Stream,
+    Piece, Pitched, Stream, check_blocks, check_not_legacy, check_peer, check_pointer,
 };
 use super::code::{INVALID_VALUE, NOT_SUPPORTED};
 use super::context::{Current, PrimaryContext, RelaxedCapture};
 use super::driver::DriverTable;
+use super::kernels::Kernels;
 use super::probe::Probe;
 use super::vmm::Purpose;
-use super::{ipc, pinned, stream, vmm};
+use super::{copies, ipc, pinned, stream, vmm};
 use crate::error::{Error, ErrorKind, Result};
+use crate::process;
 
 /// A device whose primary context this process retains.
 pub struct CudaDevice {
+    driver: &'static DriverTable,
     context: PrimaryContext,
+    /// The primary context of each device that was copied to, by its ordinal.
+    peers: Box<[OnceLock<PrimaryContext>]>,
+    /// `None` where they cannot be loaded, or cannot use pinned host memory at its own address.
+    kernels: Option<Kernels>,
     device: CUdevice,
     info: DeviceInfo,
     /// What is true instead of `info` once the driver refused memory for GPUDirect RDMA.
@@ -64,13 +72,45 @@ impl CudaDevice {
             rdma,
             peers: probe.peers(count)?,
         };
+        let maps_host = probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?;
+        let reaches_host = maps_host
+            && probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)?;
+        let kernels = load_kernels(&context, ordinal, reaches_host);
         Ok(CudaDevice {
-            maps_host: probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?,
+            driver,
+            peers: (0..count).map(|_| OnceLock::new()).collect(),
+            kernels,
+            maps_host,
             device: probe.device,
             info_without_rdma: OnceLock::new(),
             context,
             info,
         })
+    }
+
+    fn kernels(&self) -> Result<&Kernels> {
+        self.kernels.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "device {} runs no kernels of this library",
+                    self.info.ordinal
+                ),
+            )
+        })
+    }
+
+    /// The primary context of another device, which stays retained as long as this one's.
+    fn peer(&self, ordinal: u32) -> Result<&PrimaryContext> {
+        check_peer(&self.info, ordinal)?;
+        let slot = &self.peers[ordinal as usize];
+        if let Some(context) = slot.get() {
+            return Ok(context);
+        }
+        // Outside of any lock; of two threads the second gives its reference back.
+        let device = Probe::new(self.driver, ordinal)?.device;
+        let context = PrimaryContext::retain(self.driver, device)?;
+        Ok(slot.get_or_init(|| context))
     }
 
     /// The flags of pinned host memory that contains `pointer`; an error if it is not pinned.
@@ -151,6 +191,37 @@ impl CudaDevice {
                 self.info.ordinal,
                 driver.describe(code)
             );
+        }
+    }
+}
+
+/// Kernels are a faster way, not the only one: a device opens without them.
+fn load_kernels(context: &PrimaryContext, ordinal: u32, reaches_host: bool) -> Option<Kernels> {
+    if !reaches_host {
+        tracing::info!("device {ordinal}: kernels cannot use pinned host memory; they are off");
+        return None;
+    }
+    match context.run(Kernels::load) {
+        Ok(kernels) => Some(kernels),
+        Err(error) => {
+            tracing::warn!("device {ordinal}: no kernels, copies and checks go without: {error}");
+            None
+        }
+    }
+}
+
+impl Drop for CudaDevice {
+    fn drop(&mut self) {
+        let Some(kernels) = &self.kernels else { return };
+        // Others may keep the context, and with it the modules.
+        if process::check().is_ok() {
+            let unloaded = self.run(|driver| {
+                kernels.unload(driver);
+                Ok(())
+            });
+            if let Err(error) = unloaded {
+                tracing::warn!("device {}: kernels stay loaded: {error}", self.info.ordinal);
+            }
         }
     }
 }
@@ -322,6 +393,103 @@ impl Device for CudaDevice {
             }
             // SAFETY: the caller's contract is the same.
             unsafe { stream::copy(driver, destination, source, bytes, direction, stream) }
+        })
+    }
+
+    fn has_kernels(&self) -> bool {
+        self.kernels.is_some()
+    }
+
+    fn has_batch(&self) -> bool {
+        self.driver.cuMemcpyBatchAsync.is_some()
+    }
+
+    unsafe fn copy_pieces(
+        &self,
+        list: *const Piece,
+        count: u32,
+        blocks: u32,
+        stream: Stream,
+    ) -> Result<()> {
+        check_pointer("list", list, count)?;
+        check_blocks(blocks)?;
+        let kernels = self.kernels()?;
+        self.run(|driver| {
+            if count == 0 {
+                return Ok(());
+            }
+            // SAFETY: the caller's contract is the same.
+            unsafe { kernels.copy_pieces(driver, list, count, blocks, stream) }
+        })
+    }
+
+    unsafe fn copy_batch(
+        &self,
+        pieces: &[Piece],
+        _direction: Direction,
+        stream: Stream,
+    ) -> Result<()> {
+        check_not_legacy(stream)?;
+        // SAFETY: the caller's contract is the same.
+        self.run(|driver| unsafe { copies::batch(driver, pieces, stream) })
+    }
+
+    unsafe fn copy_pitched(
+        &self,
+        copy: &Pitched,
+        direction: Direction,
+        stream: Stream,
+    ) -> Result<()> {
+        copy.check()?;
+        self.run(|driver| {
+            if copy.is_empty() {
+                return Ok(());
+            }
+            // SAFETY: the caller's contract is the same.
+            unsafe { copies::pitched(driver, copy, direction, stream) }
+        })
+    }
+
+    unsafe fn copy_to_peer(
+        &self,
+        destination: u64,
+        peer: u32,
+        source: u64,
+        bytes: u64,
+        stream: Stream,
+    ) -> Result<()> {
+        let peer = self.peer(peer)?.handle();
+        let piece = Piece {
+            destination,
+            source,
+            bytes,
+        };
+        self.run(|driver| {
+            if bytes == 0 {
+                return Ok(());
+            }
+            // SAFETY: the caller's contract is the same; this device retains both contexts.
+            unsafe { copies::to_peer(driver, piece, peer, self.context.handle(), stream) }
+        })
+    }
+
+    unsafe fn fingerprint(
+        &self,
+        key: &Key,
+        blocks: *const Block,
+        prints: *mut Print,
+        count: u32,
+        stream: Stream,
+    ) -> Result<()> {
+        check_pointer("blocks", blocks, count)?;
+        check_pointer("prints", prints, count)?;
+        let kernels = self.kernels()?;
+        self.run(|driver| {
+            if count == 0 {
+                return Ok(());
+            }
+            // SAFETY: the caller's contract is the same.
+            unsafe { kernels.fingerprint(driver, key, blocks, prints, count, stream) }
         })
     }
 

@@ -10,8 +10,8 @@ use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice, CUdeviceptr, CUevent, CUmemAccessDesc, CUmemAllocationProp,
-    CUmemGenericAllocationHandle, CUmemcpyAttributes, CUstream,
+    CUDA_MEMCPY2D, CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUmemAccessDesc,
+    CUmemAllocationProp, CUmemGenericAllocationHandle, CUmemcpyAttributes, CUmodule, CUstream,
 };
 
 use crate::error::{Error, ErrorKind, Result};
@@ -110,7 +110,17 @@ driver_table! {
         cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
         cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
         cuMemcpyDtoDAsync_v2(CUdeviceptr, CUdeviceptr, usize, CUstream);
+        cuMemcpy2DAsync_v2(*const CUDA_MEMCPY2D, CUstream);
+        cuMemcpyPeerAsync(CUdeviceptr, CUcontext, CUdeviceptr, CUcontext, usize, CUstream);
         cuMemsetD8Async(CUdeviceptr, c_uchar, usize, CUstream);
+        cuPointerGetAttributes(c_uint, *mut c_uint, *mut *mut c_void, CUdeviceptr);
+        cuModuleLoadData(*mut CUmodule, *const c_void);
+        cuModuleUnload(CUmodule);
+        cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+        cuLaunchKernel(
+            CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
+            *mut *mut c_void, *mut *mut c_void
+        );
     }
     optional {
         cuGetErrorName(c_int, *mut *const c_char);
@@ -124,7 +134,9 @@ driver_table! {
         );
         cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, c_uint);
         cuMemHostGetFlags(*mut c_uint, *mut c_void);
-        // The signature of CUDA 12.8. The one of CUDA 13 is exported under another name (`_v2`).
+        // From CUDA 12.8 on. CUDA 13 left out the failed index; drivers export that form as
+        // `cuMemcpyBatchAsync_v2` (headers of 13 map the plain name to it) and under this name still
+        // the one of 12.8, as they do for every function that changed.
         cuMemcpyBatchAsync(
             *mut CUdeviceptr, *mut CUdeviceptr, *mut usize, usize, *mut CUmemcpyAttributes,
             *mut usize, usize, *mut usize, CUstream

@@ -3,7 +3,8 @@
 //! One file each: [`driver`] the table of entry points, [`code`] what result codes mean, `context`
 //! how a thread gets into a device's context and out, [`device`] one device, `probe` what it can do,
 //! and by subject `vmm` addresses and physical memory, `ipc` memory as a descriptor, `stream`
-//! streams, events and copies, `pinned` host memory.
+//! streams, events and single copies, `copies` batched, pitched and peer copies, `kernels` our own
+//! kernels, `pinned` host memory, `pointer` what is known of an address.
 //!
 //! The driver is called neither before [`CudaPlatform::open`], nor in a forked child, nor once the
 //! process exits; every public call checks that first. It must be usable from any thread of the
@@ -11,22 +12,26 @@
 
 pub mod code;
 mod context;
+mod copies;
 pub mod device;
 pub mod driver;
 mod ipc;
+mod kernels;
 mod pinned;
+mod pointer;
 mod probe;
 mod stream;
 mod vmm;
 
 use std::sync::{Arc, OnceLock};
 
-use super::{Device, DeviceKind, Platform};
+use super::{Device, DeviceKind, MemoryRange, Platform};
 use crate::error::Result;
 use crate::process;
-use code::SUCCESS;
+use code::{INVALID_CONTEXT, SUCCESS};
 pub use device::CudaDevice;
 pub use driver::DriverTable;
+use pointer::Attributes;
 
 /// The visible CUDA devices of this process.
 #[derive(Debug)]
@@ -95,6 +100,15 @@ impl CudaPlatform {
 }
 
 impl CudaPlatform {
+    /// [`Attributes::of`] with the context of any open device current, if there is one.
+    fn ask_in_a_context(&self, address: u64) -> Result<Result<Attributes, i32>> {
+        let ask = || Ok(Attributes::of(self.driver, address));
+        match self.devices.iter().find_map(OnceLock::get) {
+            Some(device) => device.in_context(ask),
+            None => ask(),
+        }
+    }
+
     /// Whether anybody in the process holds the primary context of a device; yes if the driver
     /// does not tell.
     fn primary_context_is_active(&self, ordinal: u32) -> bool {
@@ -130,8 +144,24 @@ impl Platform for CudaPlatform {
         self.ordinal_of_thread().unwrap_or(0)
     }
 
+    /// Also `kernels`, once a device was opened that cannot run them.
     fn missing_symbols(&self) -> Vec<&'static str> {
-        self.driver.missing.clone()
+        let mut opened = self.devices.iter().filter_map(OnceLock::get);
+        let kernels = opened
+            .any(|device| !device.has_kernels())
+            .then_some("kernels");
+        self.driver.missing.iter().copied().chain(kernels).collect()
+    }
+
+    fn classify(&self, address: u64) -> Result<MemoryRange> {
+        process::check()?;
+        let asked = match Attributes::of(self.driver, address) {
+            Err(INVALID_CONTEXT) => self.ask_in_a_context(address)?,
+            asked => asked,
+        };
+        let call = format_args!("cuPointerGetAttributes({address:#x})");
+        let found = asked.map_err(|code| self.driver.error(code, call))?;
+        found.range(address)
     }
 
     fn device_in_use(&self, ordinal: u32) -> Option<Arc<dyn Device>> {

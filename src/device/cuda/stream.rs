@@ -14,7 +14,8 @@ use super::code::{CAPTURE_IMPLICIT, NOT_READY, SUCCESS};
 use super::context::Current;
 use crate::error::{Error, Result};
 
-fn handle(stream: Stream) -> Result<CUstream> {
+/// The driver's handle of a stream of the library or of the host.
+pub(super) fn handle(stream: Stream) -> Result<CUstream> {
     if stream.0 == 0 {
         return Err(Error::invalid("stream", "0 is not a stream"));
     }

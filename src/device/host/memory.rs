@@ -10,15 +10,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::os::{self, Content};
-use super::tables::{Charge, Chunk, Mapping, Reservation, State, not_reserved};
-use crate::device::{Address, CreateOptions, Direction, MemoryUse, Physical};
+use super::tables::{Charge, Chunk, Mapping, Registration, Reservation, State, not_reserved};
+use crate::device::{Address, CreateOptions, Direction, MemoryRange, MemoryUse, Physical, Place};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// Sizes and addresses are multiples of this: the size of a huge page, as on CUDA.
 pub(super) const GRANULARITY: u64 = 2 << 20;
 
 /// Copies look up after this many bytes whether the platform is being dropped.
-const SLICE: u64 = 8 << 20;
+pub(super) const SLICE: u64 = 8 << 20;
 
 /// See the head of the file.
 #[derive(Debug)]
@@ -32,7 +32,7 @@ pub(super) struct Memory {
 }
 
 /// Ranges that cannot be unmapped while this lives.
-struct InUse<'a> {
+pub(super) struct InUse<'a> {
     memory: &'a Memory,
     number: u64,
 }
@@ -54,7 +54,7 @@ impl Memory {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -110,7 +110,7 @@ impl Memory {
             let file = os::memory_file()?;
             os::set_length(&file, bytes)?;
             os::seal_length(&file)?;
-            return Ok(self.lock().add_file(file, bytes, Some(charge)));
+            return Ok(self.lock().add_file(file, bytes, device, Some(charge)));
         }
         let mut state = self.lock();
         let (file, offset) = state.extend_arena(device, bytes)?;
@@ -119,6 +119,7 @@ impl Memory {
             offset,
             bytes,
             own_file: false,
+            device,
             charge: Some(charge),
             mappings: 0,
             released: false,
@@ -261,7 +262,12 @@ impl Memory {
         os::duplicate(chunk.file.as_fd())
     }
 
-    pub(super) fn import(&self, descriptor: BorrowedFd<'_>, bytes: u64) -> Result<Physical> {
+    pub(super) fn import(
+        &self,
+        device: u32,
+        descriptor: BorrowedFd<'_>,
+        bytes: u64,
+    ) -> Result<Physical> {
         check_size(bytes)?;
         let (length, identity) = os::length_and_identity(descriptor)?;
         if !os::is_sealed(descriptor) {
@@ -282,7 +288,7 @@ impl Memory {
             .filter(|chunk| chunk.own_file)
             .find(|chunk| chunk.identity() == Some(identity))
             .and_then(|chunk| chunk.charge.clone());
-        Ok(state.add_file(file, bytes, charge))
+        Ok(state.add_file(file, bytes, device, charge))
     }
 
     pub(super) fn register(&self, pointer: u64, bytes: u64) -> Result<()> {
@@ -298,13 +304,17 @@ impl Memory {
         let range = range_of(pointer, bytes)?;
         let mut state = self.lock();
         state.check_not_device("pointer", &range)?;
-        if let Some((at, length)) = state.registered.range(..range.end).next_back()
-            && at + length > range.start
+        if let Some((at, found)) = state.registered.range(..range.end).next_back()
+            && at + found.bytes > range.start
         {
-            let why = format!("{at:#x}, {length} bytes, is registered already");
+            let why = format!("{at:#x}, {} bytes, is registered already", found.bytes);
             return Err(Error::invalid("pointer", why));
         }
-        state.registered.insert(pointer, bytes);
+        state.last_registration += 1;
+        let number = state.last_registration;
+        state
+            .registered
+            .insert(pointer, Registration { bytes, number });
         Ok(())
     }
 
@@ -319,9 +329,40 @@ impl Memory {
     }
 
     pub(super) fn is_registered(&self, pointer: u64) -> bool {
+        self.lock().registration_at(pointer).is_some()
+    }
+
+    pub(super) fn classify(&self, address: u64) -> Result<MemoryRange> {
         let state = self.lock();
-        let below = state.registered.range(..=pointer).next_back();
-        below.is_some_and(|(at, length)| pointer - at < *length)
+        if let Some((start, mapping)) = state.mapping_at(address)
+            && let Some(chunk) = state.chunks.get(&mapping.physical)
+        {
+            return Ok(MemoryRange {
+                place: Place::Device(chunk.device),
+                start,
+                bytes: mapping.bytes,
+                id: mapping.physical,
+            });
+        }
+        let byte = address..address.saturating_add(1);
+        if state.check_not_device("address", &byte).is_err() {
+            let why = format!("no memory is mapped at {address:#x}");
+            return Err(Error::invalid("address", why));
+        }
+        Ok(match state.registration_at(address) {
+            Some((start, found)) => MemoryRange {
+                place: Place::Pinned,
+                start,
+                bytes: found.bytes,
+                id: found.number,
+            },
+            None => MemoryRange {
+                place: Place::Pageable,
+                start: address,
+                bytes: 0,
+                id: 0,
+            },
+        })
     }
 
     /// Checks at the call what can be known before the stream gets there.
@@ -409,7 +450,8 @@ impl Memory {
         Ok(())
     }
 
-    fn hold(&self, device: u32, ranges: &[Range<Address>]) -> Result<InUse<'_>> {
+    /// Keeps memory that `device` may use from being unmapped.
+    pub(super) fn hold(&self, device: u32, ranges: &[Range<Address>]) -> Result<InUse<'_>> {
         let mut state = self.lock();
         for range in ranges {
             state.check_access(device, range)?;
@@ -463,7 +505,7 @@ fn check_range(address: Address, bytes: u64) -> Result<Range<Address>> {
     range_of(address, bytes)
 }
 
-fn range_of(address: Address, bytes: u64) -> Result<Range<Address>> {
+pub(super) fn range_of(address: Address, bytes: u64) -> Result<Range<Address>> {
     match address.checked_add(bytes) {
         Some(end) => Ok(address..end),
         None => {
@@ -473,18 +515,18 @@ fn range_of(address: Address, bytes: u64) -> Result<Range<Address>> {
     }
 }
 
-fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
+pub(super) fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
     one.start < other.end && other.start < one.end
 }
 
 /// Offset and length of every slice of `bytes`.
-fn slices(bytes: u64, slice: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(super) fn slices(bytes: u64, slice: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..bytes)
         .step_by(slice.max(1) as usize)
         .map(move |offset| (offset, slice.min(bytes - offset)))
 }
 
-fn check_stop(stop: &AtomicBool) -> Result<()> {
+pub(super) fn check_stop(stop: &AtomicBool) -> Result<()> {
     if stop.load(Ordering::Relaxed) {
         return Err(Error::new(
             ErrorKind::Shutdown,

@@ -3,10 +3,11 @@
 //! Addresses are reserved with `mmap`, physical memory is a part of a memory file and counted
 //! against a budget per device, and streams are queues served by a few threads. It is a real
 //! device, not a mock: contents, access, ordering and errors are those of the trait, and released
-//! memory goes back to the system. Kernels do not run on it.
+//! memory goes back to the system. What kernels do on a GPU its threads do in software.
 
 mod memory;
 mod os;
+mod pieces;
 mod streams;
 mod tables;
 
@@ -15,9 +16,11 @@ use std::sync::Arc;
 
 use self::memory::{GRANULARITY, Memory};
 use self::streams::{Streams, Work};
+use super::fingerprint::{Block, Key, Print};
 use super::{
-    Address, CreateOptions, Device, DeviceInfo, DeviceKind, Direction, Event, MemoryUse, Physical,
-    Platform, Stream,
+    Address, CreateOptions, Device, DeviceInfo, DeviceKind, Direction, Event, MemoryRange,
+    MemoryUse, Physical, Piece, Pitched, Platform, Stream, check_blocks, check_not_legacy,
+    check_peer, check_pointer,
 };
 use crate::config;
 use crate::error::{Error, Result};
@@ -156,6 +159,11 @@ impl Platform for HostPlatform {
     fn current_device(&self) -> u32 {
         0
     }
+
+    fn classify(&self, address: u64) -> Result<MemoryRange> {
+        process::check()?;
+        self.shared.memory.classify(address)
+    }
 }
 
 /// One device of a [`HostPlatform`].
@@ -176,6 +184,22 @@ impl HostDevice {
     fn streams(&self) -> Result<&Arc<Streams>> {
         process::check()?;
         Ok(&self.shared.streams)
+    }
+
+    /// Queues `work` unless it is `nothing`; the stream is checked in any case.
+    fn submit(
+        &self,
+        stream: Stream,
+        nothing: bool,
+        work: impl FnOnce(&Memory) -> Result<Work>,
+    ) -> Result<()> {
+        let streams = self.streams()?;
+        streams.check(self.info.ordinal, stream)?;
+        if nothing {
+            return Ok(());
+        }
+        let work = work(&self.shared.memory)?;
+        streams.submit(self.info.ordinal, stream, work)
     }
 }
 
@@ -271,35 +295,122 @@ impl Device for HostDevice {
         direction: Direction,
         stream: Stream,
     ) -> Result<()> {
-        let streams = self.streams()?;
-        streams.check(self.info.ordinal, stream)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.tables()?
-            .check_copy(destination, source, bytes, direction)?;
-        let work = Work::Copy {
-            destination,
-            source,
-            bytes,
-            direction,
-        };
-        streams.submit(self.info.ordinal, stream, work)
+        self.submit(stream, bytes == 0, |memory| {
+            memory.check_copy(destination, source, bytes, direction)?;
+            Ok(Work::Copy {
+                destination,
+                source,
+                bytes,
+                direction,
+            })
+        })
+    }
+
+    fn has_kernels(&self) -> bool {
+        true
+    }
+
+    fn has_batch(&self) -> bool {
+        true
+    }
+
+    unsafe fn copy_pieces(
+        &self,
+        list: *const Piece,
+        count: u32,
+        blocks: u32,
+        stream: Stream,
+    ) -> Result<()> {
+        check_pointer("list", list, count)?;
+        check_blocks(blocks)?;
+        self.submit(stream, count == 0, |_| {
+            Ok(Work::Pieces {
+                list: list.expose_provenance() as u64,
+                count,
+            })
+        })
+    }
+
+    unsafe fn copy_batch(
+        &self,
+        pieces: &[Piece],
+        direction: Direction,
+        stream: Stream,
+    ) -> Result<()> {
+        check_not_legacy(stream)?;
+        self.submit(stream, pieces.is_empty(), |memory| {
+            memory.check_batch(pieces, direction)?;
+            Ok(Work::Batch {
+                pieces: pieces.to_vec(),
+                direction,
+            })
+        })
+    }
+
+    unsafe fn copy_pitched(
+        &self,
+        copy: &Pitched,
+        direction: Direction,
+        stream: Stream,
+    ) -> Result<()> {
+        self.submit(stream, copy.is_empty(), |memory| {
+            memory.check_pitched(copy, direction)?;
+            Ok(Work::Pitched {
+                copy: *copy,
+                direction,
+            })
+        })
+    }
+
+    unsafe fn copy_to_peer(
+        &self,
+        destination: u64,
+        peer: u32,
+        source: u64,
+        bytes: u64,
+        stream: Stream,
+    ) -> Result<()> {
+        check_peer(&self.info, peer)?;
+        self.submit(stream, bytes == 0, |memory| {
+            memory.check_copy(destination, source, bytes, Direction::OnDevice)?;
+            let piece = Piece {
+                destination,
+                source,
+                bytes,
+            };
+            Ok(Work::ToPeer { piece, peer })
+        })
+    }
+
+    unsafe fn fingerprint(
+        &self,
+        key: &Key,
+        blocks: *const Block,
+        prints: *mut Print,
+        count: u32,
+        stream: Stream,
+    ) -> Result<()> {
+        check_pointer("blocks", blocks, count)?;
+        check_pointer("prints", prints, count)?;
+        self.submit(stream, count == 0, |_| {
+            Ok(Work::Fingerprint {
+                key: Box::new(key.clone()),
+                blocks: blocks.expose_provenance() as u64,
+                prints: prints.expose_provenance() as u64,
+                count,
+            })
+        })
     }
 
     fn fill(&self, address: Address, value: u8, bytes: u64, stream: Stream) -> Result<()> {
-        let streams = self.streams()?;
-        streams.check(self.info.ordinal, stream)?;
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.tables()?.check_fill(address, bytes)?;
-        let work = Work::Fill {
-            address,
-            value,
-            bytes,
-        };
-        streams.submit(self.info.ordinal, stream, work)
+        self.submit(stream, bytes == 0, |memory| {
+            memory.check_fill(address, bytes)?;
+            Ok(Work::Fill {
+                address,
+                value,
+                bytes,
+            })
+        })
     }
 
     unsafe fn register_host(&self, pointer: *mut u8, bytes: usize) -> Result<()> {
@@ -315,7 +426,7 @@ impl Device for HostDevice {
     }
 
     fn import(&self, descriptor: BorrowedFd<'_>, bytes: u64) -> Result<Physical> {
-        self.tables()?.import(descriptor, bytes)
+        self.tables()?.import(self.info.ordinal, descriptor, bytes)
     }
 }
 

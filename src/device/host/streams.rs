@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use super::memory::Memory;
 use super::os;
-use crate::device::{Address, Direction, Event, Stream};
+use crate::device::fingerprint::Key;
+use crate::device::{Address, Direction, Event, Piece, Pitched, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
 
@@ -23,6 +24,13 @@ const MOST_WORKERS: usize = 4;
 
 /// How often a waiting caller looks whether the process began to exit.
 const EXIT_CHECK: Duration = Duration::from_millis(20);
+
+/// The default streams of the host's runtime, [`Stream::of_host`]: each device has a queue for
+/// either, without anybody creating it. All threads share the second.
+const DEFAULTS: std::ops::RangeInclusive<u64> = 1..=2;
+
+/// Their queues' numbers begin here, beyond all others.
+const FIRST_DEFAULT: u64 = 1 << 63;
 
 /// One piece of queued work.
 #[derive(Clone, Debug)]
@@ -33,15 +41,45 @@ pub(super) enum Work {
         bytes: u64,
         direction: Direction,
     },
+    /// Each piece like a copy.
+    Batch {
+        pieces: Vec<Piece>,
+        direction: Direction,
+    },
+    Pitched {
+        copy: Pitched,
+        direction: Direction,
+    },
+    ToPeer {
+        piece: Piece,
+        peer: u32,
+    },
+    /// In the place of the copy kernel; `list` is an address.
+    Pieces {
+        list: u64,
+        count: u32,
+    },
+    /// In the place of the fingerprint kernel; `blocks` and `prints` are addresses.
+    Fingerprint {
+        key: Box<Key>,
+        blocks: u64,
+        prints: u64,
+        count: u32,
+    },
     Fill {
         address: Address,
         value: u8,
         bytes: u64,
     },
     /// Fires the record of this number.
-    Record { event: u64, record: u64 },
+    Record {
+        event: u64,
+        record: u64,
+    },
     /// Goes on once the record of this number has fired.
-    Wait { record: u64 },
+    Wait {
+        record: u64,
+    },
 }
 
 /// An error of asynchronous work, which is reported more than once.
@@ -79,6 +117,28 @@ struct Queue {
     /// The first since the last synchronisation.
     failure: Option<Failure>,
     destroyed: bool,
+}
+
+impl Queue {
+    fn new(device: u32) -> Self {
+        Queue {
+            device,
+            work: VecDeque::new(),
+            place: Place::Idle,
+            queued: 0,
+            done: 0,
+            failure: None,
+            destroyed: false,
+        }
+    }
+}
+
+/// The number under which a stream's queue is kept: each device has its own default streams.
+fn queue_number(device: u32, stream: Stream) -> u64 {
+    if DEFAULTS.contains(&stream.0) {
+        return FIRST_DEFAULT + 2 * u64::from(device) + stream.0;
+    }
+    stream.0
 }
 
 #[derive(Debug)]
@@ -154,20 +214,15 @@ impl Streams {
     pub(super) fn create(&self, device: u32) -> Stream {
         let mut state = self.lock();
         let number = state.next_number();
-        let queue = Queue {
-            device,
-            work: VecDeque::new(),
-            place: Place::Idle,
-            queued: 0,
-            done: 0,
-            failure: None,
-            destroyed: false,
-        };
-        state.streams.insert(number, queue);
+        state.streams.insert(number, Queue::new(device));
         Stream(number)
     }
 
     pub(super) fn destroy(&self, device: u32, stream: Stream) -> Result<()> {
+        if DEFAULTS.contains(&stream.0) {
+            let why = "a default stream cannot be destroyed";
+            return Err(Error::invalid("stream", why));
+        }
         let mut state = self.lock();
         let queue = state.queue(device, stream)?;
         queue.destroyed = true;
@@ -182,10 +237,11 @@ impl Streams {
     /// Waits for all work queued so far, then returns and clears the stream's first error.
     pub(super) fn synchronize(&self, device: u32, stream: Stream) -> Result<()> {
         let queued = self.lock().queue(device, stream)?.queued;
-        let mut state = self.wait_until(|state| state.has_done(stream.0, queued))?;
+        let number = queue_number(device, stream);
+        let mut state = self.wait_until(|state| state.has_done(number, queued))?;
         let failure = state
             .streams
-            .get_mut(&stream.0)
+            .get_mut(&number)
             .and_then(|queue| queue.failure.take());
         match failure {
             Some(failure) => Err(failure.to_error()),
@@ -217,7 +273,7 @@ impl Streams {
     pub(super) fn submit(self: &Arc<Self>, device: u32, stream: Stream, work: Work) -> Result<()> {
         let mut state = self.lock();
         state.queue(device, stream)?;
-        self.enqueue(&mut state, stream.0, work)
+        self.enqueue(&mut state, queue_number(device, stream), work)
     }
 
     fn enqueue(self: &Arc<Self>, state: &mut State, stream: u64, work: Work) -> Result<()> {
@@ -298,7 +354,7 @@ impl Streams {
             event: event.0,
             record,
         };
-        self.enqueue(&mut state, stream.0, work)?;
+        self.enqueue(&mut state, queue_number(device, stream), work)?;
         // The lock was held throughout, so the record cannot have fired yet.
         state.pending.insert(record, Vec::new());
         let mark = state.mark(event)?;
@@ -330,7 +386,8 @@ impl Streams {
         if !state.pending.contains_key(&record) {
             return Ok(());
         }
-        self.enqueue(&mut state, stream.0, Work::Wait { record })
+        let number = queue_number(device, stream);
+        self.enqueue(&mut state, number, Work::Wait { record })
     }
 
     /// Serves streams until [`Self::stop`].
@@ -366,6 +423,7 @@ impl Streams {
     }
 
     fn perform(&self, device: u32, work: &Work) -> Result<()> {
+        let (memory, stop) = (&self.memory, &self.stop);
         match *work {
             Work::Copy {
                 destination,
@@ -374,15 +432,33 @@ impl Streams {
                 direction,
                 // SAFETY: whoever queued the copy vouched for its host side until the stream has
                 // passed it.
-            } => unsafe {
-                self.memory
-                    .copy(device, destination, source, bytes, direction, &self.stop)
+            } => unsafe { memory.copy(device, destination, source, bytes, direction, stop) },
+            Work::Batch {
+                ref pieces,
+                direction,
+                // SAFETY: as for a copy.
+            } => unsafe { memory.copy_each(device, pieces.iter().copied(), direction, stop) },
+            Work::Pitched { copy, direction } => {
+                // SAFETY: as for a copy.
+                unsafe { memory.copy_each(device, copy.rows(), direction, stop) }
+            }
+            Work::ToPeer { piece, peer } => memory.copy_to_peer(device, piece, peer, stop),
+            // SAFETY: as for a copy; the list is host memory, too.
+            Work::Pieces { list, count } => unsafe {
+                memory.copy_pieces(device, list, count, stop)
             },
+            Work::Fingerprint {
+                ref key,
+                blocks,
+                prints,
+                count,
+                // SAFETY: as for a copy; the lists are host memory, too.
+            } => unsafe { memory.fingerprint(device, key, blocks, prints, count, stop) },
             Work::Fill {
                 address,
                 value,
                 bytes,
-            } => self.memory.fill(device, address, value, bytes, &self.stop),
+            } => memory.fill(device, address, value, bytes, stop),
             Work::Record { .. } | Work::Wait { .. } => Ok(()),
         }
     }
@@ -433,14 +509,20 @@ impl Streams {
 
 impl State {
     fn next_number(&mut self) -> u64 {
-        self.last_number += 1;
+        self.last_number = (self.last_number + 1).max(DEFAULTS.end() + 1);
         self.last_number
     }
 
     fn queue(&mut self, device: u32, stream: Stream) -> Result<&mut Queue> {
+        let number = queue_number(device, stream);
+        if number != stream.0 {
+            self.streams
+                .entry(number)
+                .or_insert_with(|| Queue::new(device));
+        }
         let queue = self
             .streams
-            .get_mut(&stream.0)
+            .get_mut(&number)
             .filter(|queue| !queue.destroyed)
             .ok_or_else(|| Error::invalid("stream", format_args!("{stream:?} is not known")))?;
         if queue.device != device {
@@ -488,6 +570,17 @@ impl State {
                 bytes,
                 ..
             } => format!("copy of {bytes} bytes from {source:#x} to {destination:#x}"),
+            Work::Batch { pieces, .. } => format!("batch of {} copies", pieces.len()),
+            Work::Pitched { copy, .. } => format!(
+                "copy of {} rows of {} bytes from {:#x} to {:#x}",
+                copy.height, copy.width, copy.source, copy.destination
+            ),
+            Work::ToPeer { piece, peer } => format!(
+                "copy of {} bytes from {:#x} to {:#x} of device {peer}",
+                piece.bytes, piece.source, piece.destination
+            ),
+            Work::Pieces { count, .. } => format!("copy of {count} pieces"),
+            Work::Fingerprint { count, .. } => format!("fingerprints of {count} blocks"),
             Work::Fill { address, bytes, .. } => format!("fill of {bytes} bytes at {address:#x}"),
             Work::Record { .. } | Work::Wait { .. } => "event".to_owned(),
         };

@@ -38,6 +38,8 @@ pub(super) struct Chunk {
     pub(super) offset: u64,
     pub(super) bytes: u64,
     pub(super) own_file: bool,
+    /// Whose memory it is; of another process, who imported it.
+    pub(super) device: u32,
     pub(super) charge: Option<Arc<Charge>>,
     pub(super) mappings: usize,
     pub(super) released: bool,
@@ -74,6 +76,13 @@ pub(super) struct Reservation {
     pub(super) lost: bool,
 }
 
+/// Host memory that every device can reach.
+#[derive(Debug)]
+pub(super) struct Registration {
+    pub(super) bytes: u64,
+    pub(super) number: u64,
+}
+
 /// The one file of a device's private memory. Offsets are never used twice: 2^63 bytes last longer
 /// than the process.
 #[derive(Debug)]
@@ -92,7 +101,8 @@ pub(super) struct State {
     /// Ranges that copies use right now, each under the number of its copy.
     pub(super) in_use: Vec<(u64, Range<Address>)>,
     pub(super) last_use: u64,
-    pub(super) registered: BTreeMap<u64, u64>,
+    pub(super) registered: BTreeMap<u64, Registration>,
+    pub(super) last_registration: u64,
 }
 
 impl Chunk {
@@ -121,6 +131,7 @@ impl State {
         &mut self,
         file: OwnedFd,
         bytes: u64,
+        device: u32,
         charge: Option<Arc<Charge>>,
     ) -> Physical {
         self.add_chunk(Chunk {
@@ -128,6 +139,7 @@ impl State {
             offset: 0,
             bytes,
             own_file: true,
+            device: charge.as_ref().map_or(device, |charge| charge.device),
             charge,
             mappings: 0,
             released: false,
@@ -213,6 +225,25 @@ impl State {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The registered host memory that contains `address`, and its start.
+    pub(super) fn registration_at(&self, address: u64) -> Option<(u64, &Registration)> {
+        let (at, found) = self.registered.range(..=address).next_back()?;
+        (address - at < found.bytes).then_some((*at, found))
+    }
+
+    /// Whether all of `range` is registered, in one piece or in neighbouring ones.
+    pub(super) fn check_registered(&self, range: &Range<u64>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let Some((start, found)) = self.registration_at(at) else {
+                let why = format!("host memory at {at:#x} is not registered");
+                return Err(Error::new(ErrorKind::Device, why));
+            };
+            at = start + found.bytes;
+        }
+        Ok(())
     }
 
     /// Start of the mapping that contains `address`.
