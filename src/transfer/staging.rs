@@ -8,7 +8,7 @@ use super::streams::{Settled, Streams};
 use super::workers::Batch;
 use super::{Control, Engine, Span};
 use crate::device::{Address, Device, Direction};
-use crate::error::{Error, Result, ResultExt};
+use crate::error::{Error, ErrorKind, Result, ResultExt};
 
 /// Bytes that move at once: large enough for the full speed of the bus.
 pub const PIECE: usize = 8 << 20;
@@ -235,20 +235,98 @@ pub fn drain(
     batch.wait().and(outcome)
 }
 
+/// How far the spans of a [`fill`] are.
+struct Filling {
+    spans: Mutex<Vec<Filled>>,
+    changed: Condvar,
+}
+
+#[derive(Clone, Default)]
+struct Filled {
+    /// Pieces that have not ended.
+    left: usize,
+    failure: Option<Error>,
+}
+
+impl Filling {
+    fn failed(&self, index: usize) -> bool {
+        lock(&self.spans)[index].failure.is_some()
+    }
+
+    /// Tells of spans from `next` on that are complete, in their order; waits for all with `all`.
+    /// Returns the first that is not.
+    fn report(&self, mut next: usize, all: bool, done: &dyn Fn(usize, &Result<()>)) -> usize {
+        let mut spans = lock(&self.spans);
+        while let Some(span) = spans.get(next) {
+            if span.left > 0 {
+                if !all {
+                    break;
+                }
+                spans = self
+                    .changed
+                    .wait(spans)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let result = span.failure.clone().map_or(Ok(()), Err);
+            drop(spans);
+            done(next, &result);
+            next += 1;
+            spans = lock(&self.spans);
+        }
+        next
+    }
+}
+
+/// One piece of a span on its way. Its end is noted when this is dropped.
+struct Moving {
+    filling: Arc<Filling>,
+    index: usize,
+    result: Result<()>,
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        let mut spans = lock(&self.filling.spans);
+        let span = &mut spans[self.index];
+        span.left -= 1;
+        if let Err(error) = std::mem::replace(&mut self.result, Ok(())) {
+            span.failure.get_or_insert(error);
+        }
+        self.filling.changed.notify_all();
+    }
+}
+
 /// Moves the source into every span. One result for each span: a span that failed does not stop
-/// the others.
+/// the others. `done` hears of each on this thread, in order, soon after it is complete.
 pub fn fill(
     engine: &Engine,
     spans: &[Span],
     source: &Arc<dyn Source>,
     control: &Arc<Control>,
+    done: &dyn Fn(usize, &Result<()>),
 ) -> Vec<Result<()>> {
     let batch = Batch::default();
-    let failures: Arc<Vec<Mutex<Option<Error>>>> =
-        Arc::new(spans.iter().map(|_| Mutex::new(None)).collect());
-    for (index, offset) in pieces(spans) {
+    let pieces = pieces(spans);
+    let mut filled = vec![Filled::default(); spans.len()];
+    for (index, _) in &pieces {
+        filled[*index].left += 1;
+    }
+    let filling = Arc::new(Filling {
+        spans: Mutex::new(filled),
+        changed: Condvar::new(),
+    });
+    let mut reported = 0;
+    for (index, offset) in pieces {
         let span = &spans[index];
-        if lock(&failures[index]).is_some() {
+        let mut moving = Moving {
+            filling: Arc::clone(&filling),
+            index,
+            // What holds unless the work comes to its end.
+            result: Err(Error::new(ErrorKind::Internal, "a copy thread panicked")),
+        };
+        reported = filling.report(reported, false, done);
+        if filling.failed(index) {
             continue;
         }
         let step = control.check().and_then(|()| {
@@ -258,35 +336,30 @@ pub fn fill(
         let (streams, mut slot) = match step {
             Ok(step) => step,
             Err(error) => {
-                lock(&failures[index]).get_or_insert(error);
+                moving.result = Err(error);
                 continue;
             }
         };
         let length = PIECE.min((span.bytes - offset) as usize);
         let address = span.address + offset;
         let (source, control) = (Arc::clone(source), Arc::clone(control));
-        let failures = Arc::clone(&failures);
         batch.submit(engine.workers(), move || {
-            let moved = source
+            moving.result = source
                 .read(index, offset, slot.bytes_mut(length))
                 .and_then(|()| slot.copy_to_device(&streams, address, length));
-            match moved {
-                Ok(()) => control.advance(length as u64),
-                Err(error) => {
-                    lock(&failures[index]).get_or_insert(error);
-                }
+            if moving.result.is_ok() {
+                control.advance(length as u64);
             }
             Ok(())
         });
     }
-    let all = batch.wait();
-    failures
+    filling.report(reported, true, done);
+    // The jobs hold the source and the device. A panic was noted as the end of its piece.
+    let _ = batch.wait();
+    let spans = lock(&filling.spans);
+    spans
         .iter()
-        .map(|failure| match (lock(failure).take(), &all) {
-            (Some(error), _) => Err(error),
-            (None, Ok(())) => Ok(()),
-            (None, Err(error)) => Err(Error::new(error.kind(), error.to_string())),
-        })
+        .map(|span| span.failure.clone().map_or(Ok(()), Err))
         .collect()
 }
 
