@@ -62,8 +62,8 @@ fn main() {
         "tms.h",
         config("TMS_H", TMS_PROSE),
         &[
-            "status", "log", "device", "region", "options", "result", "op", "saver", "torch",
-            "shutdown",
+            "status", "log", "device", "region", "options", "result", "op", "saver", "ordered",
+            "torch", "shutdown",
         ],
     );
     generate(

@@ -18,5 +18,7 @@ pub mod op;
 pub mod process;
 pub mod transfer;
 
-pub use allocator::{Op, Outcome, PauseOptions, Region, ResumeOptions, Saver, Summary, TagStats};
+pub use allocator::{
+    Op, OrderedResume, Outcome, PauseOptions, Region, ResumeOptions, Saver, Summary, TagStats,
+};
 pub use error::{Error, ErrorKind, Result};
