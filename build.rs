@@ -63,7 +63,7 @@ fn main() {
         config("TMS_H", TMS_PROSE),
         &[
             "status", "log", "device", "region", "options", "result", "op", "saver", "ordered",
-            "torch", "shutdown",
+            "pinned", "torch", "shutdown",
         ],
     );
     generate(

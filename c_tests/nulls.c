@@ -76,6 +76,18 @@ static void saver_functions(tms_saver_t *saver, void *memory)
     CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_saver_backup_pointer(saver, NULL, 8, &out));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_backup_pointer(saver, memory, 8, NULL));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_set_memory_margin(NULL, -1, 0));
+    tms_pinned_stats_t pinned;
+    memset(&pinned, 0, sizeof pinned);
+    pinned.struct_size = (uint32_t)sizeof pinned;
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_prewarm(NULL, -1, 4096));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_prewarm_async(NULL, -1, 4096, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_prewarm_async(saver, -1, 4096, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_trim(NULL, 0, &bytes));
+    CHECK_OK(tms_saver_trim(saver, UINT64_MAX, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_pinned_stats(NULL, &pinned));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_pinned_stats(saver, NULL));
+    CHECK(op == MARK);
+
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_export(NULL, memory, &number, &bytes));
     CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_saver_export(saver, NULL, &number, &bytes));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_export(saver, memory, NULL, &bytes));

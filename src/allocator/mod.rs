@@ -10,6 +10,7 @@ mod options;
 mod ordered;
 mod outcome;
 mod pause;
+mod pinned;
 mod readiness;
 pub mod region;
 mod residue;
@@ -88,7 +89,7 @@ impl Held {
 }
 
 struct Inner {
-    engine: Engine,
+    engine: Arc<Engine>,
     /// Protects the book-keeping; never held across a device call.
     held: Mutex<Held>,
     /// Serialises pause and resume; taken before `held`, never by malloc or free.
@@ -151,7 +152,7 @@ impl Saver {
     pub fn new(platform: Arc<dyn Platform>) -> Result<Saver> {
         Ok(Saver {
             inner: Arc::new(Inner {
-                engine: Engine::new(platform)?,
+                engine: Arc::new(Engine::new(platform)?),
                 held: Mutex::default(),
                 turn: Mutex::default(),
                 service: Service::default(),
@@ -196,6 +197,11 @@ impl Saver {
 
     pub fn platform(&self) -> &Arc<dyn Platform> {
         self.inner.engine.platform()
+    }
+
+    /// What moves the bytes of this saver; explicit copies may share it.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.inner.engine
     }
 
     /// Pinned host memory of this saver.
@@ -617,7 +623,7 @@ impl Saver {
                 ));
             }
         };
-        if self.inner.service.busy() {
+        if self.inner.service.busy() || self.inner.engine.is_copying() {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "an operation of the saver is queued",

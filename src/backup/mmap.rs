@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{BackupBackend, Discard, LoadItem, LoadObserver, StoreItem, Ticket, own};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::staging::{self, Sink, Source};
-use crate::transfer::{Control, Engine, Span, headroom};
+use crate::transfer::{Control, Engine, Span, pages};
 
 pub struct MmapBackend;
 
@@ -26,25 +26,9 @@ impl MmapTicket {
     fn new(bytes: u64) -> Result<MmapTicket> {
         let length = usize::try_from(bytes)
             .map_err(|_| Error::invalid("size", "does not fit the address space"))?;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let raw = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        let pointer = NonNull::new(raw.cast::<u8>())
-            .filter(|_| raw != libc::MAP_FAILED)
-            .ok_or_else(|| {
-                Error::last_os(format_args!("mapping {bytes} bytes of host memory"))
-                    .with_kind(ErrorKind::OutOfHostMemory)
-            })?;
-        // SAFETY: advice about the mapping just made; refusal changes nothing but speed.
-        unsafe { libc::madvise(raw, length, libc::MADV_HUGEPAGE) };
+        let base = pages::map(length)?;
+        let pointer = NonNull::new(base as *mut u8)
+            .ok_or_else(|| Error::new(ErrorKind::Internal, "memory was mapped at 0"))?;
         Ok(MmapTicket { pointer, bytes })
     }
 }
@@ -52,7 +36,7 @@ impl MmapTicket {
 impl Drop for MmapTicket {
     fn drop(&mut self) {
         // SAFETY: mapped by `new` with this length; the last reference is going.
-        unsafe { libc::munmap(self.pointer.as_ptr().cast(), self.bytes as usize) };
+        unsafe { pages::unmap(self.pointer.as_ptr() as usize, self.bytes as usize) };
     }
 }
 
@@ -89,6 +73,13 @@ impl Places {
 }
 
 impl Sink for Places {
+    fn prepare(&self, index: usize, offset: u64, length: usize) -> Result<()> {
+        let place = self.place(index, offset, length)?;
+        // A copy into pages that are not there would do as well, and as fast, but the end of the
+        // memory would be a signal instead of an error.
+        pages::populate(place as usize, length)
+    }
+
     fn write(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         let place = self.place(index, offset, bytes.len())?;
         // SAFETY: in bounds; pieces do not overlap each other or the staging slot.
@@ -122,7 +113,7 @@ impl BackupBackend for MmapBackend {
             .filter(|item| item.previous.is_none())
             .map(|item| item.span.bytes)
             .sum();
-        let short = || headroom().filter(|&left| fresh > left);
+        let short = || engine.arena().headroom().filter(|&left| fresh > left);
         // Pinned memory that nobody uses goes before anything is refused.
         if short().is_some()
             && let Some(left) = {

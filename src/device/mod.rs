@@ -72,6 +72,8 @@ pub struct DeviceInfo {
     pub rdma: bool,
     /// Ordinals of the devices that can be given access to this one's memory.
     pub peers: Vec<u32>,
+    /// The NUMA node that the device is attached to, where the system tells.
+    pub numa_node: Option<u32>,
 }
 
 /// Bytes of physical memory of a device, all processes counted.

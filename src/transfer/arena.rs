@@ -1,28 +1,54 @@
 //! Pinned host memory for backups and staging, in chunks that outlive a single pause.
 //!
 //! Pinning memory costs far more than copying into it, so blocks come from chunks that were
-//! populated (by several threads) and registered once: copies into the first chunk start while
-//! others are still being populated. A chunk is one registration, because the driver refuses a copy
-//! that spans two (seen on an H200: code 1), and the host may copy from a whole backup. This file
-//! knows nothing about what the bytes mean.
+//! populated and registered once (`growth`): copies into the first chunk start while others are
+//! still being populated. A chunk is one registration, because the driver refuses a copy that spans
+//! two (seen on an H200: code 1), and the host may copy from a whole backup. This file keeps the
+//! books: what is pinned, who has it, what is kept when nobody does, and what may still be taken.
+//! It knows nothing about what the bytes mean.
 
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::chunk::{
-    ALIGNMENT, Chunk, PAGE, Phase, SLICE, contained, map_anonymous, populate, release_memory,
-};
-use super::limits;
+use super::chunk::{Chunk, Phase, release_memory};
+use super::growth::Growth;
+use super::limits::Headroom;
+use super::pages::{self, HUGE, PAGE};
 use super::workers::Workers;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::op::Control;
+
+/// Small blocks share a chunk of at most this. Large enough for the full speed of registration and
+/// to be worth a question to the system, small enough to start copying early and to give back what
+/// one owner had. Measured on an H200: a first pause of 10.7 GB at 31, 34, 41 and 42 GB/s with 32,
+/// 64, 128 and 256 MiB.
+const SHARED: usize = 128 << 20;
+
+/// Chunks made ahead of need are this large, or as the largest block that is expected.
+const AHEAD: usize = 1 << 30;
+
+/// With less than this left to the host, idle memory goes instead of being kept.
+const PRESSURE: u64 = 1 << 30;
 
 #[derive(Default)]
-struct State {
+pub(super) struct State {
     /// Chunks by base address.
-    chunks: BTreeMap<usize, Chunk>,
-    pinned: usize,
+    pub chunks: BTreeMap<usize, Chunk>,
+    pub pinned: usize,
+    pub high_water: usize,
+    /// What a prewarm asked to be there: idle memory up to this is kept whatever `keep` says.
+    prewarmed: usize,
+}
+
+impl State {
+    pub fn insert(&mut self, base: usize, chunk: Chunk) {
+        self.pinned += chunk.bytes;
+        self.high_water = self.high_water.max(self.pinned);
+        self.chunks.insert(base, chunk);
+    }
 }
 
 struct Inner {
@@ -30,6 +56,9 @@ struct Inner {
     state: Mutex<State>,
     changed: Condvar,
     workers: Arc<Workers>,
+    headroom: Headroom,
+    /// Bytes of chunks that will be populated, and are not yet in the system's figures.
+    promised: AtomicU64,
     limit: usize,
     keep: usize,
 }
@@ -38,7 +67,10 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (base, chunk) in std::mem::take(&mut state.chunks) {
-            release_memory(base, &chunk);
+            if let Err(kept) = release_memory(base, chunk) {
+                // The driver still knows the pages, so nobody else may get them.
+                std::mem::forget(kept);
+            }
         }
     }
 }
@@ -54,32 +86,99 @@ pub struct Arena {
 pub struct ArenaUse {
     /// Registered or being registered.
     pub pinned: u64,
+    /// Part of it that holds backups or staging, or was adopted.
+    pub used: u64,
+}
+
+/// All figures of the arena, bytes unless said otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArenaStats {
+    /// Registered or being registered.
+    pub pinned: u64,
     /// Part of it that holds backups or staging.
     pub used: u64,
+    /// Part of it that nobody uses: pinned for the next need.
+    pub idle: u64,
+    /// Part of it that belongs to somebody else, see [`Arena::adopt`].
+    pub adopted: u64,
+    /// The most that was pinned at any time.
+    pub high_water: u64,
+    /// What may be pinned at most.
+    pub limit: u64,
+    /// What stays pinned while nobody uses it, at most.
+    pub keep: u64,
+    /// The part of `pinned` that is on huge pages.
+    pub huge: u64,
+    /// The rest of `pinned`: on pages of 4 KiB, or not populated yet.
+    pub small: u64,
+    /// Registrations, a number.
+    pub chunks: u64,
+}
+
+/// Whether a chunk may be populated.
+pub(super) enum Claim {
+    Granted,
+    /// Its blocks were given back before it was touched; it is gone.
+    Unwanted,
+    /// There is no room for it any more.
+    Refused(Error),
 }
 
 fn lock(inner: &Inner) -> MutexGuard<'_, State> {
     inner.state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn clip(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
 impl Arena {
     /// `limit` bounds all pinned bytes, `keep` what stays pinned while nothing uses it.
     pub fn new(workers: Arc<Workers>, limit: u64, keep: u64) -> Arena {
-        let clip = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        Arena::with_headroom(workers, limit, keep, Headroom::of_system())
+    }
+
+    /// Like [`Self::new`], with what the host has left told by `headroom`.
+    pub fn with_headroom(
+        workers: Arc<Workers>,
+        limit: u64,
+        keep: u64,
+        headroom: Headroom,
+    ) -> Arena {
         Arena {
             inner: Arc::new(Inner {
                 state: Mutex::default(),
                 changed: Condvar::new(),
                 workers,
+                headroom,
+                promised: AtomicU64::new(0),
                 limit: clip(limit),
                 keep: clip(keep),
             }),
         }
     }
 
+    pub(super) fn workers(&self) -> &Workers {
+        &self.inner.workers
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.inner)
+    }
+
+    /// Bytes of host memory that may still be taken beside what this arena will take; `None` where
+    /// the system does not tell.
+    pub fn headroom(&self) -> Option<u64> {
+        let promised = self.inner.promised.load(Ordering::Relaxed);
+        let left = self.inner.headroom.now()?;
+        Some(left.saturating_sub(promised))
+    }
+
     /// One block for each size. Either all are given or none; limits are checked for all of them
     /// before memory is touched, and idle memory of ours goes before anything is refused. Blocks of
-    /// new chunks become ready in the background: see [`Block::wait`].
+    /// new chunks become ready in the background, in order: see [`Block::wait`]. They are asked for
+    /// again one by one before they are touched, because others of the host take memory too; what
+    /// is refused then is an error of its blocks.
     pub fn allocate(&self, device: &Arc<dyn Device>, sizes: &[u64]) -> Result<Vec<Block>> {
         match self.try_allocate(device, sizes) {
             Err(error) if error.kind() == ErrorKind::OutOfHostMemory && self.release_idle() => {
@@ -91,10 +190,16 @@ impl Arena {
 
     /// A block in a chunk that nobody else gets a part of. `bytes` is a multiple of 2 MiB.
     pub fn allocate_alone(&self, device: &Arc<dyn Device>, bytes: u64) -> Result<Block> {
-        let bytes = rounded(bytes)?.next_multiple_of(ALIGNMENT);
+        let bytes = rounded(bytes)?.next_multiple_of(HUGE);
+        let plan = vec![Planned {
+            bytes,
+            parts: vec![(0, bytes)],
+        }];
         self.check_limits(bytes)?;
-        self.grow(device, bytes, &[bytes])?
+        self.grow(device, plan, false)?
+            .blocks
             .pop()
+            .map(|(_, block)| block)
             .ok_or_else(|| Error::new(ErrorKind::Internal, "a chunk without its block"))
     }
 
@@ -103,40 +208,45 @@ impl Arena {
             .iter()
             .map(|&bytes| rounded(bytes))
             .collect::<Result<_>>()?;
-        let mut blocks: Vec<Option<Block>> = sizes.iter().map(|&bytes| self.take(bytes)).collect();
-        let missing: Vec<usize> = (0..sizes.len())
+        let mut blocks = self.take(&sizes);
+        let missing: Vec<(usize, usize)> = (0..sizes.len())
             .filter(|&index| blocks[index].is_none())
+            .map(|index| (index, sizes[index]))
             .collect();
-        let plan = plan_chunks(&missing, &sizes)?;
-        let total = plan
-            .iter()
-            .try_fold(0usize, |sum, chunk| sum.checked_add(chunk.bytes))
-            .ok_or_else(|| Error::invalid("size", "the sum does not fit the address space"))?;
-        if total > 0 {
-            self.check_limits(total)?;
+        if missing.is_empty() {
+            return Ok(blocks.into_iter().flatten().collect());
         }
-        for chunk in plan {
-            let parts: Vec<usize> = chunk.indices.iter().map(|&index| sizes[index]).collect();
-            let made = self.grow(device, chunk.bytes, &parts)?;
-            for (index, block) in chunk.indices.into_iter().zip(made) {
-                blocks[index] = Some(block);
-            }
+        let plan = plan_chunks(&missing)?;
+        self.check_limits(total_of(&plan)?)?;
+        for (index, block) in self.grow(device, plan, false)?.blocks {
+            blocks[index] = Some(block);
         }
         Ok(blocks.into_iter().flatten().collect())
     }
 
-    /// A block of an existing chunk.
-    fn take(&self, bytes: usize) -> Option<Block> {
-        let (base, offset) = lock(&self.inner)
-            .chunks
-            .iter_mut()
-            .find_map(|(&base, chunk)| {
-                if chunk.failed() {
-                    return None;
+    /// Blocks of existing chunks, where there are any.
+    fn take(&self, sizes: &[usize]) -> Vec<Option<Block>> {
+        let mut state = lock(&self.inner);
+        // A chunk that had no room for a block has none for a larger one: where to go on.
+        let (mut from, mut least) = (0, usize::MAX);
+        sizes
+            .iter()
+            .map(|&bytes| {
+                if bytes < least {
+                    from = 0;
                 }
-                chunk.take(bytes).map(|offset| (base, offset))
-            })?;
-        self.block(base, offset, bytes)
+                least = bytes;
+                let (base, offset) =
+                    state.chunks.range_mut(from..).find_map(|(&base, chunk)| {
+                        from = base;
+                        if chunk.is_failed() {
+                            return None;
+                        }
+                        chunk.take(bytes).map(|offset| (base, offset))
+                    })?;
+                self.block(base, offset, bytes)
+            })
+            .collect()
     }
 
     fn block(&self, base: usize, offset: usize, bytes: usize) -> Option<Block> {
@@ -150,112 +260,103 @@ impl Arena {
         })
     }
 
-    /// Whether `bytes` more may be pinned.
+    /// Whether `bytes` more may be pinned and taken from the host.
     fn check_limits(&self, bytes: usize) -> Result<()> {
+        self.check_limit(bytes)?;
         // Reads files, so not under the lock.
-        let headroom = limits::headroom();
-        let state = lock(&self.inner);
-        if state.pinned.saturating_add(bytes) > self.inner.limit {
-            return Err(Error::new(
-                ErrorKind::OutOfHostMemory,
-                format!(
-                    "pinning {bytes} more bytes would exceed TMS_PINNED_LIMIT ({} bytes, {} in use)",
-                    self.inner.limit, state.pinned
-                ),
-            ));
-        }
-        // What is growing was promised but is not yet taken from the system's figures.
-        let promised: usize = state
-            .chunks
-            .values()
-            .map(|chunk| match &chunk.phase {
-                Phase::Growing { left, .. } => (left * SLICE).min(chunk.bytes),
-                _ => 0,
-            })
-            .sum();
-        match headroom {
-            Some(left) if (bytes as u64).saturating_add(promised as u64) > left => Err(Error::new(
-                ErrorKind::OutOfHostMemory,
-                format!("pinning {bytes} more bytes: only {left} bytes of host memory are left"),
-            )),
+        match self.headroom() {
+            Some(left) if bytes as u64 > left => Err(short(bytes, left)),
             _ => Ok(()),
         }
     }
 
-    /// Maps a chunk of `bytes`, takes blocks of the sizes `parts` from its beginning, and has it
-    /// populated and registered.
-    fn grow(&self, device: &Arc<dyn Device>, bytes: usize, parts: &[usize]) -> Result<Vec<Block>> {
-        let base = map_anonymous(bytes)?;
-        let count = bytes.div_ceil(SLICE);
-        let used: usize = parts.iter().sum();
-        let chunk = Chunk {
-            bytes,
-            free: match bytes - used {
-                0 => BTreeMap::new(),
-                rest => BTreeMap::from([(used, rest)]),
-            },
-            used,
-            phase: Phase::Growing {
-                left: count,
-                failure: None,
-            },
-            device: Arc::clone(device),
-        };
-        {
-            let mut state = lock(&self.inner);
-            state.chunks.insert(base, chunk);
-            state.pinned += bytes;
+    /// Whether `bytes` more may be pinned.
+    pub(super) fn check_limit(&self, bytes: usize) -> Result<()> {
+        let pinned = lock(&self.inner).pinned;
+        if pinned.saturating_add(bytes) > self.inner.limit {
+            return Err(Error::new(
+                ErrorKind::OutOfHostMemory,
+                format!(
+                    "pinning {bytes} more bytes would exceed TMS_PINNED_LIMIT ({} bytes, {pinned} in use)",
+                    self.inner.limit
+                ),
+            ));
         }
-        let mut offset = 0;
-        let mut blocks = Vec::with_capacity(parts.len());
-        for &part in parts {
-            blocks.extend(self.block(base, offset, part));
-            offset += part;
-        }
-        // Not under the lock: where no thread can be started, the work is done here.
-        for index in 0..count {
-            let arena = self.clone();
-            let device = Arc::clone(device);
-            let length = SLICE.min(bytes - index * SLICE);
-            self.inner.workers.submit(move || {
-                let populated = contained(|| populate(base + index * SLICE, length));
-                arena.populated(base, bytes, &*device, populated);
-            });
-        }
-        Ok(blocks)
+        Ok(())
     }
 
-    /// Notes the end of a slice. The last one registers the chunk.
-    fn populated(&self, base: usize, bytes: usize, device: &dyn Device, result: Result<()>) {
-        let failure = {
+    /// Maps the planned chunks, takes their blocks from their beginnings, and has them populated
+    /// and registered.
+    fn grow(&self, device: &Arc<dyn Device>, plan: Vec<Planned>, ahead: bool) -> Result<Grown> {
+        let total = total_of(&plan)?;
+        let mut base = pages::map(total)?;
+        pages::keep_from_children(base, total);
+        pages::prefer_node(base, total, device.info().numa_node);
+        self.inner
+            .promised
+            .fetch_add(total as u64, Ordering::Relaxed);
+        let mut chunks = Vec::with_capacity(plan.len());
+        let mut blocks = Vec::new();
+        let mut state = lock(&self.inner);
+        for planned in plan {
+            let mut used = 0;
+            for (index, bytes) in planned.parts {
+                blocks.extend(self.block(base, used, bytes).map(|block| (index, block)));
+                used += bytes;
+            }
+            state.insert(base, Chunk::growing(planned.bytes, used, device));
+            chunks.push((base, planned.bytes));
+            base += planned.bytes;
+        }
+        drop(state);
+        let growth = Growth::new(self, device, chunks, ahead);
+        growth.start();
+        Ok(Grown { growth, blocks })
+    }
+
+    /// Asks for a growing chunk before it is touched. `ahead`: also if nobody has a block of it.
+    pub(super) fn claim(&self, base: usize, ahead: bool) -> Claim {
+        let unwanted = {
             let mut state = lock(&self.inner);
-            let Some(chunk) = state.chunks.get_mut(&base) else {
-                return;
-            };
-            let Phase::Growing { left, failure } = &mut chunk.phase else {
-                return;
-            };
-            *left -= 1;
-            if let Err(error) = result {
-                failure.get_or_insert(error);
+            match state.chunks.get(&base) {
+                Some(chunk) if chunk.used > 0 || ahead => None,
+                _ => Some(state.chunks.remove(&base)),
             }
-            if *left > 0 {
-                return;
+        };
+        if let Some(chunk) = unwanted {
+            if let Some(chunk) = &chunk {
+                self.kept_promise(chunk.bytes);
             }
-            failure.take()
+            self.release(base, chunk);
+            self.inner.changed.notify_all();
+            return Claim::Unwanted;
+        }
+        // What is promised and what is left belong together: the former first, so that what is
+        // populated in between counts twice rather than not at all.
+        let refused = || {
+            let promised = self.inner.promised.load(Ordering::Relaxed);
+            let left = self.inner.headroom.now()?;
+            (promised > left).then(|| short(clip(promised), left))
         };
-        let registered = match failure {
-            Some(error) => Err(error),
-            None => contained(|| {
-                // SAFETY: the chunk stays mapped until it was unregistered, see `release_memory`.
-                unsafe { device.register_host(base as *mut u8, bytes) }.map_err(|error| {
-                    error.context(format_args!("pinning {bytes} bytes of host memory"))
-                })
-            }),
-        };
+        match refused() {
+            Some(error) if !self.release_idle() => Claim::Refused(error),
+            Some(_) => refused().map_or(Claim::Granted, Claim::Refused),
+            None => Claim::Granted,
+        }
+    }
+
+    /// `bytes` of what was promised are populated, or will not be.
+    pub(super) fn kept_promise(&self, bytes: usize) {
+        self.inner
+            .promised
+            .fetch_sub(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Notes the end of a chunk's growth.
+    pub(super) fn finish(&self, base: usize, result: Result<()>) {
         let mut unused = false;
         if let Some(chunk) = lock(&self.inner).chunks.get_mut(&base) {
-            chunk.phase = match registered {
+            chunk.phase = match result {
                 Ok(()) => Phase::Ready,
                 Err(error) => Phase::Failed(error),
             };
@@ -263,8 +364,8 @@ impl Arena {
         }
         self.inner.changed.notify_all();
         if unused {
-            // Its blocks were given back while it grew.
-            self.trim_to(self.inner.keep);
+            // Its blocks were given back while it grew, or it was made ahead.
+            self.trim_in_background();
         }
     }
 
@@ -275,7 +376,7 @@ impl Arena {
             match state.chunks.get(&base).map(|chunk| &chunk.phase) {
                 Some(Phase::Ready) => return Ok(()),
                 Some(Phase::Failed(error)) => return Err(error.clone()),
-                Some(Phase::Growing { .. }) => {
+                Some(Phase::Growing) => {
                     state = self
                         .inner
                         .changed
@@ -298,97 +399,189 @@ impl Arena {
         if chunk.used > 0 {
             return;
         }
-        let failed = chunk.failed();
-        if now || failed {
-            while state.chunks.get(&base).is_some_and(Chunk::growing) {
-                state = self
-                    .inner
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            // Somebody else may have taken a block, or the chunk, while this thread waited.
-            if state.chunks.get(&base).is_some_and(|chunk| chunk.used == 0) {
-                let chunk = state.chunks.remove(&base);
-                drop(state);
-                self.release(base, chunk);
+        if !now && !chunk.is_failed() {
+            let growing = chunk.is_growing();
+            drop(state);
+            if !growing {
+                self.trim_in_background();
             }
             return;
         }
-        drop(state);
-        self.trim_to(self.inner.keep);
+        while state.chunks.get(&base).is_some_and(Chunk::is_growing) {
+            state = self
+                .inner
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        // Somebody else may have taken a block, or the chunk, while this thread waited.
+        if state.chunks.get(&base).is_some_and(|chunk| chunk.used == 0) {
+            let chunk = state.chunks.remove(&base);
+            drop(state);
+            self.release(base, chunk);
+        }
     }
 
-    /// Unpins idle chunks, in the background: all that failed, and of the others as many as leave
-    /// at most `keep` bytes idle.
-    fn trim_to(&self, keep: usize) {
+    /// Makes sure that `bytes` are pinned beyond what is used now, in pieces for blocks of up to
+    /// `largest` bytes, and waits until they are. From then on that much is kept while nobody uses
+    /// it, even if it is more than the arena's `keep`, until a trim to less.
+    pub fn prewarm(
+        &self,
+        device: &Arc<dyn Device>,
+        bytes: u64,
+        largest: u64,
+        control: &Control,
+    ) -> Result<()> {
+        control.check()?;
+        let wanted = rounded(bytes)
+            .ok()
+            .and_then(|bytes| bytes.checked_next_multiple_of(HUGE))
+            .ok_or_else(|| Error::invalid("bytes", "does not fit the address space"))?;
+        let piece = rounded(largest)?.next_multiple_of(HUGE).max(AHEAD);
+        let (missing, before) = {
+            let mut state = lock(&self.inner);
+            let before = state.prewarmed;
+            state.prewarmed = before.max(wanted);
+            let free: usize = state
+                .chunks
+                .values()
+                .filter(|chunk| chunk.is_of_use())
+                .map(|chunk| chunk.bytes - chunk.used)
+                .sum();
+            (wanted.saturating_sub(free), before)
+        };
+        control.total.fetch_add(bytes, Ordering::Relaxed);
+        control.advance(bytes.saturating_sub(missing as u64));
+        let made = self.prewarm_missing(device, missing, piece, control);
+        if made.is_err() {
+            lock(&self.inner).prewarmed = before;
+            self.trim_in_background();
+        }
+        made
+    }
+
+    fn prewarm_missing(
+        &self,
+        device: &Arc<dyn Device>,
+        missing: usize,
+        piece: usize,
+        control: &Control,
+    ) -> Result<()> {
+        if missing == 0 {
+            return Ok(());
+        }
+        self.check_limits(missing)?;
+        let plan = (0..missing)
+            .step_by(piece)
+            .map(|offset| Planned {
+                bytes: piece.min(missing - offset),
+                parts: Vec::new(),
+            })
+            .collect();
+        let grown = self.grow(device, plan, true)?;
+        grown.growth.wait(|bytes| control.advance(bytes as u64))
+    }
+
+    /// What stays pinned while nobody uses it.
+    fn kept(&self) -> usize {
+        if self
+            .inner
+            .headroom
+            .recent()
+            .is_some_and(|left| left < PRESSURE)
+        {
+            return 0;
+        }
+        self.inner.keep.max(lock(&self.inner).prewarmed)
+    }
+
+    /// Unpins idle chunks beyond what is kept, without making this thread wait for it.
+    fn trim_in_background(&self) {
+        for (base, chunk) in self.take_out_idle(self.kept()) {
+            let arena = self.clone();
+            self.inner.workers.submit(move || {
+                arena.release(base, Some(chunk));
+            });
+        }
+    }
+
+    /// Takes idle chunks out of the table: all that are of no use, and of the others as many as
+    /// leave at most `keep` bytes idle, small ones first, so that little more than that goes.
+    fn take_out_idle(&self, keep: usize) -> Vec<(usize, Chunk)> {
         let mut state = lock(&self.inner);
-        let idle = |chunk: &Chunk| chunk.used == 0 && !chunk.growing();
-        let mut excess = state
+        let mut idle: Vec<(bool, usize, usize)> = state
             .chunks
-            .values()
-            .filter(|chunk| idle(chunk) && !chunk.failed())
-            .map(|chunk| chunk.bytes)
+            .iter()
+            .filter(|(_, chunk)| chunk.is_idle())
+            .map(|(&base, chunk)| (chunk.is_of_use(), chunk.bytes, base))
+            .collect();
+        idle.sort_unstable();
+        let mut excess = idle
+            .iter()
+            .filter(|(of_use, ..)| *of_use)
+            .map(|(_, bytes, _)| bytes)
             .sum::<usize>()
             .saturating_sub(keep);
-        let mut leaving = Vec::new();
-        for (&base, chunk) in &state.chunks {
-            if !idle(chunk) {
-                continue;
-            }
-            if chunk.failed() {
-                leaving.push(base);
-            } else if excess > 0 {
-                excess = excess.saturating_sub(chunk.bytes);
-                leaving.push(base);
-            }
+        idle.into_iter()
+            .filter_map(|(of_use, bytes, base)| {
+                if of_use && excess == 0 {
+                    return None;
+                }
+                if of_use {
+                    excess = excess.saturating_sub(bytes);
+                }
+                state.chunks.remove(&base).map(|chunk| (base, chunk))
+            })
+            .collect()
+    }
+
+    /// Unpins, before it returns, idle memory until at most `keep` bytes of it are left, prewarmed
+    /// memory too. Returns the bytes that went.
+    pub fn trim(&self, keep: u64) -> u64 {
+        let keep = clip(keep);
+        {
+            let mut state = lock(&self.inner);
+            state.prewarmed = state.prewarmed.min(keep);
         }
-        let leaving: Vec<_> = leaving
+        self.take_out_idle(keep)
             .into_iter()
-            .map(|base| (base, state.chunks.remove(&base)))
-            .collect();
-        // Not under the lock: where no thread can be started, the work is done here.
-        drop(state);
-        for (base, chunk) in leaving {
-            let arena = self.clone();
-            self.inner
-                .workers
-                .submit(move || arena.release(base, chunk));
-        }
+            .map(|(base, chunk)| {
+                let bytes = chunk.bytes as u64;
+                if self.release(base, Some(chunk)) {
+                    bytes
+                } else {
+                    0
+                }
+            })
+            .sum()
     }
 
     /// Unpins, before it returns, all that nobody uses; false if there was nothing.
     pub fn release_idle(&self) -> bool {
-        let leaving: Vec<_> = {
-            let mut state = lock(&self.inner);
-            let idle: Vec<usize> = state
-                .chunks
-                .iter()
-                .filter(|(_, chunk)| chunk.used == 0 && !chunk.growing())
-                .map(|(&base, _)| base)
-                .collect();
-            idle.into_iter()
-                .map(|base| (base, state.chunks.remove(&base)))
-                .collect()
-        };
+        let leaving = self.take_out_idle(0);
         let found = !leaving.is_empty();
         for (base, chunk) in leaving {
-            self.release(base, chunk);
+            self.release(base, Some(chunk));
         }
         found
     }
 
-    /// Unregisters and unmaps a chunk that was taken out of the table. What the driver refuses to
-    /// unregister goes back into it, to be tried again by a later trim.
-    fn release(&self, base: usize, chunk: Option<Chunk>) {
-        let Some(chunk) = chunk else { return };
+    /// Unregisters a chunk that was taken out of the table, and gives its memory back. What the
+    /// driver refuses to unregister goes back into the table, to be tried again by a later trim.
+    pub(super) fn release(&self, base: usize, chunk: Option<Chunk>) -> bool {
+        let Some(chunk) = chunk else { return true };
         let bytes = chunk.bytes;
-        let released = release_memory(base, &chunk);
+        let released = release_memory(base, chunk);
         let mut state = lock(&self.inner);
-        if released {
-            state.pinned -= bytes;
-        } else {
-            state.chunks.insert(base, chunk);
+        match released {
+            Ok(()) => {
+                state.pinned -= bytes;
+                true
+            }
+            Err(chunk) => {
+                state.chunks.insert(base, chunk);
+                false
+            }
         }
     }
 
@@ -398,6 +591,38 @@ impl Arena {
             pinned: state.pinned as u64,
             used: state.chunks.values().map(|chunk| chunk.used as u64).sum(),
         }
+    }
+
+    /// Everything at once. Asks the kernel about every mapping of the process, which can take
+    /// milliseconds.
+    pub fn stats(&self) -> ArenaStats {
+        let mut stats = ArenaStats {
+            limit: self.inner.limit as u64,
+            ..ArenaStats::default()
+        };
+        let ranges: Vec<(usize, usize)> = {
+            let state = lock(&self.inner);
+            stats.keep = self.inner.keep.max(state.prewarmed) as u64;
+            stats.pinned = state.pinned as u64;
+            stats.high_water = state.high_water as u64;
+            stats.chunks = state.chunks.len() as u64;
+            for chunk in state.chunks.values() {
+                if chunk.is_own() {
+                    stats.used += chunk.used as u64;
+                } else {
+                    stats.adopted += chunk.bytes as u64;
+                }
+            }
+            state
+                .chunks
+                .iter()
+                .map(|(&base, chunk)| (base, chunk.bytes))
+                .collect()
+        };
+        stats.idle = stats.pinned.saturating_sub(stats.used + stats.adopted);
+        stats.huge = pages::huge_bytes(&ranges).min(stats.pinned);
+        stats.small = stats.pinned - stats.huge;
+        stats
     }
 
     /// Whether `pointer` lies in registered memory of this arena.
@@ -411,6 +636,13 @@ impl Arena {
                 pointer - base < chunk.bytes && matches!(chunk.phase, Phase::Ready)
             })
     }
+}
+
+fn short(bytes: usize, left: u64) -> Error {
+    Error::new(
+        ErrorKind::OutOfHostMemory,
+        format!("pinning {bytes} more bytes: only {left} bytes of host memory are left"),
+    )
 }
 
 /// Pinned memory that belongs to one owner, given back when dropped.
@@ -456,42 +688,50 @@ impl Drop for Block {
     }
 }
 
-/// A chunk to be made, and which of the wanted blocks go into it.
-struct Planned {
-    bytes: usize,
-    indices: Vec<usize>,
+/// Chunks on their way, and their blocks, with what the plan called them.
+struct Grown {
+    growth: Arc<Growth>,
+    blocks: Vec<(usize, Block)>,
 }
 
-/// Packs blocks into chunks: large ones alone, small ones together.
-fn plan_chunks(missing: &[usize], sizes: &[usize]) -> Result<Vec<Planned>> {
+/// A chunk to be made, and the blocks at its beginning: what they are called, and their sizes.
+struct Planned {
+    bytes: usize,
+    parts: Vec<(usize, usize)>,
+}
+
+/// Packs blocks (name and size) into chunks: large ones alone, small ones together.
+fn plan_chunks(missing: &[(usize, usize)]) -> Result<Vec<Planned>> {
     let mut plan: Vec<Planned> = Vec::new();
-    let mut room = 0;
-    let mut remaining = missing
-        .iter()
-        .try_fold(0usize, |sum, &index| sum.checked_add(sizes[index]))
-        .ok_or_else(|| Error::invalid("size", "the sum does not fit the address space"))?;
-    for &index in missing {
-        let bytes = sizes[index];
+    for &(index, bytes) in missing {
         match plan.last_mut() {
-            Some(chunk) if bytes <= room => {
-                chunk.indices.push(index);
-                room -= bytes;
+            Some(chunk) if bytes <= SHARED.saturating_sub(chunk.bytes) => {
+                chunk.parts.push((index, bytes));
+                chunk.bytes += bytes;
             }
-            _ => {
-                let chunk = bytes
-                    .max(remaining.min(SLICE))
-                    .checked_next_multiple_of(ALIGNMENT)
-                    .ok_or_else(|| Error::invalid("size", "does not fit the address space"))?;
-                plan.push(Planned {
-                    bytes: chunk,
-                    indices: vec![index],
-                });
-                room = chunk - bytes;
-            }
+            _ => plan.push(Planned {
+                bytes,
+                parts: vec![(index, bytes)],
+            }),
         }
-        remaining -= bytes;
+    }
+    for chunk in &mut plan {
+        chunk.bytes = chunk
+            .bytes
+            .checked_next_multiple_of(HUGE)
+            .ok_or_else(too_large)?;
     }
     Ok(plan)
+}
+
+fn total_of(plan: &[Planned]) -> Result<usize> {
+    plan.iter()
+        .try_fold(0usize, |sum, chunk| sum.checked_add(chunk.bytes))
+        .ok_or_else(too_large)
+}
+
+fn too_large() -> Error {
+    Error::invalid("size", "the sum does not fit the address space")
 }
 
 /// The size of a block: whole pages, at least one.
@@ -508,12 +748,56 @@ mod tests {
     use crate::device::Platform;
     use crate::device::host::HostPlatform;
 
-    const MIB: u64 = 1 << 20;
+    use std::sync::atomic::AtomicUsize;
 
-    fn arena(limit: u64, keep: u64) -> (Arena, Arc<dyn Device>) {
+    const MIB: u64 = 1 << 20;
+    const PLENTY: u64 = 1 << 40;
+
+    fn arena_with(
+        limit: u64,
+        keep: u64,
+        left: impl Fn() -> Option<u64> + Send + Sync + 'static,
+    ) -> (Arena, Arc<dyn Device>) {
         let platform: Arc<dyn Platform> = Arc::new(HostPlatform::new(1, 1 << 30));
         let device = platform.device(0).unwrap();
-        (Arena::new(Arc::new(Workers::new(2)), limit, keep), device)
+        let headroom = Headroom::from_fn(left);
+        let workers = Arc::new(Workers::new(2));
+        let arena = Arena::with_headroom(workers, limit, keep, headroom);
+        (arena, device)
+    }
+
+    fn arena(limit: u64, keep: u64) -> (Arena, Arc<dyn Device>) {
+        arena_with(limit, keep, || Some(PLENTY))
+    }
+
+    /// A host that has plenty for the first `times` questions, and nothing afterwards.
+    fn plenty_for(times: usize) -> impl Fn() -> Option<u64> + Send + Sync + 'static {
+        let asked = AtomicUsize::new(0);
+        move || {
+            let before = asked.fetch_add(1, Ordering::SeqCst) < times;
+            Some(if before { PLENTY } else { 0 })
+        }
+    }
+
+    /// Pages of the block that are present.
+    fn present(block: &Block) -> usize {
+        let mut pages = vec![0u8; block.bytes() / PAGE];
+        // SAFETY: the block is mapped, and there is a byte for each of its pages.
+        let result = unsafe {
+            libc::mincore(
+                block.pointer().as_ptr().cast(),
+                block.bytes(),
+                pages.as_mut_ptr(),
+            )
+        };
+        assert_eq!(result, 0);
+        pages.into_iter().filter(|page| page & 1 != 0).count()
+    }
+
+    fn until_pinned_is(arena: &Arena, bytes: u64) {
+        while arena.usage().pinned != bytes {
+            std::thread::yield_now();
+        }
     }
 
     fn ready(blocks: &[Block]) {
@@ -526,17 +810,17 @@ mod tests {
     fn small_blocks_share_a_chunk_and_large_ones_do_not() {
         let (arena, device) = arena(u64::MAX, u64::MAX);
         let blocks = arena
-            .allocate(&device, &[2 * MIB, 2 * MIB, 70 * MIB, 2 * MIB])
+            .allocate(&device, &[2 * MIB, 2 * MIB, 130 * MIB, 2 * MIB])
             .unwrap();
         ready(&blocks);
         let at = |index: usize| blocks[index].pointer().as_ptr() as usize;
         assert_eq!(at(1) - at(0), 2 * MIB as usize);
-        assert_eq!(arena.usage().used, 76 * MIB);
+        assert_eq!(arena.usage().used, 136 * MIB);
         assert_eq!(lock(&arena.inner).chunks.len(), 3);
         // Memory that was given back is used again.
         drop(blocks);
         let pinned = arena.usage().pinned;
-        ready(&arena.allocate(&device, &[70 * MIB]).unwrap());
+        ready(&arena.allocate(&device, &[130 * MIB]).unwrap());
         assert_eq!(arena.usage().pinned, pinned);
     }
 
@@ -562,9 +846,7 @@ mod tests {
     fn blocks_given_back_while_they_grow_are_not_kept_beyond_the_limit() {
         let (arena, device) = arena(u64::MAX, 0);
         drop(arena.allocate(&device, &[130 * MIB]).unwrap());
-        while arena.usage().pinned > 0 {
-            std::thread::yield_now();
-        }
+        until_pinned_is(&arena, 0);
     }
 
     #[test]
@@ -595,5 +877,173 @@ mod tests {
         other.release_now();
         assert!(!arena.contains(pointer));
         ring.wait().unwrap();
+    }
+
+    #[test]
+    fn what_the_host_does_not_have_is_refused_before_it_is_mapped() {
+        let (arena, device) = arena_with(u64::MAX, u64::MAX, || Some(100 * MIB));
+        let refused = arena.allocate(&device, &[80 * MIB, 80 * MIB]);
+        let error = refused.err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::OutOfHostMemory);
+        assert!(
+            error.to_string().contains("only 104857600 bytes"),
+            "{error}"
+        );
+        assert_eq!(arena.stats().high_water, 0);
+        assert_eq!(arena.headroom(), Some(100 * MIB));
+        ready(&arena.allocate(&device, &[80 * MIB]).unwrap());
+    }
+
+    #[test]
+    fn memory_that_others_took_meanwhile_is_refused_before_it_is_touched() {
+        // One question for all, one for the first chunk, and then there is nothing left.
+        let (arena, device) = arena_with(u64::MAX, u64::MAX, plenty_for(2));
+        let blocks = arena
+            .allocate(&device, &[70 * MIB, 80 * MIB, 90 * MIB])
+            .unwrap();
+        blocks[0].wait().unwrap();
+        assert_eq!(present(&blocks[0]), blocks[0].bytes() / PAGE);
+        for block in &blocks[1..] {
+            let error = block.wait().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::OutOfHostMemory);
+            assert_eq!(present(block), 0);
+            assert!(!arena.contains(block.pointer().as_ptr() as usize));
+        }
+        // Nothing of the refused ones stays promised or pinned, and nothing idle is kept.
+        drop(blocks);
+        until_pinned_is(&arena, 0);
+        assert_eq!(arena.inner.promised.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn idle_memory_goes_before_a_chunk_is_refused_late() {
+        let left = Arc::new(AtomicU64::new(PLENTY));
+        let (told, first) = (Arc::clone(&left), Arc::new(AtomicUsize::new(0)));
+        let asked = Arc::clone(&first);
+        let (arena, device) = arena_with(u64::MAX, u64::MAX, move || {
+            // The second question after the change finds what the idle chunk gave back.
+            let now = told.load(Ordering::SeqCst);
+            let nth = asked.fetch_add(1, Ordering::SeqCst);
+            Some(if now == 0 && nth != 1 { PLENTY } else { now })
+        });
+        let idle = arena.allocate(&device, &[70 * MIB]).unwrap();
+        ready(&idle);
+        drop(idle);
+        first.store(0, Ordering::SeqCst);
+        left.store(0, Ordering::SeqCst);
+        ready(&arena.allocate(&device, &[90 * MIB]).unwrap());
+        assert_eq!(arena.usage().pinned, 90 * MIB);
+    }
+
+    #[test]
+    fn little_memory_left_means_that_nothing_idle_is_kept() {
+        let (arena, device) = arena_with(u64::MAX, u64::MAX, || Some(PRESSURE - 1));
+        let blocks = arena.allocate(&device, &[5 * MIB]).unwrap();
+        ready(&blocks);
+        drop(blocks);
+        until_pinned_is(&arena, 0);
+    }
+
+    #[test]
+    fn prewarmed_memory_is_kept_and_used_until_it_is_trimmed() {
+        let (arena, device) = arena(u64::MAX, 0);
+        let control = Control::default();
+        arena
+            .prewarm(&device, 100 * MIB, 30 * MIB, &control)
+            .unwrap();
+        assert_eq!(control.total.load(Ordering::Relaxed), 100 * MIB);
+        assert_eq!(control.done.load(Ordering::Relaxed), 100 * MIB);
+        let stats = arena.stats();
+        assert_eq!(
+            (stats.pinned, stats.idle, stats.used),
+            (100 * MIB, 100 * MIB, 0)
+        );
+        assert_eq!(stats.keep, 100 * MIB);
+        assert_eq!(stats.huge + stats.small, stats.pinned);
+        // Once more is nothing new.
+        arena
+            .prewarm(&device, 60 * MIB, 30 * MIB, &Control::default())
+            .unwrap();
+        assert_eq!(arena.usage().pinned, 100 * MIB);
+        // The next need finds it, and it stays.
+        let blocks = arena
+            .allocate(&device, &[30 * MIB, 30 * MIB, 30 * MIB])
+            .unwrap();
+        ready(&blocks);
+        assert_eq!(arena.usage().pinned, 100 * MIB);
+        drop(blocks);
+        assert_eq!(arena.stats().idle, 100 * MIB);
+        assert_eq!(arena.trim(100 * MIB), 0);
+        assert_eq!(arena.trim(0), 100 * MIB);
+        assert_eq!(arena.usage(), ArenaUse::default());
+        let stats = arena.stats();
+        assert_eq!((stats.keep, stats.high_water), (0, 100 * MIB));
+        drop(arena.allocate(&device, &[30 * MIB]).unwrap());
+        until_pinned_is(&arena, 0);
+    }
+
+    #[test]
+    fn a_prewarm_that_fails_leaves_nothing() {
+        let (limited, device) = arena(50 * MIB, 0);
+        let refused = limited.prewarm(&device, 100 * MIB, 0, &Control::default());
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::OutOfHostMemory);
+        assert_eq!(limited.stats().keep, 0);
+        // Refused late: the one question for all was answered, the one for the chunk is not.
+        let (late, device) = arena_with(u64::MAX, 0, plenty_for(1));
+        let refused = late.prewarm(&device, 100 * MIB, 0, &Control::default());
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::OutOfHostMemory);
+        until_pinned_is(&late, 0);
+        assert_eq!(late.stats().keep, 0);
+        let cancelled = Control::default();
+        cancelled.cancelled.store(true, Ordering::Relaxed);
+        let refused = limited.prewarm(&device, MIB, 0, &cancelled);
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+
+    #[test]
+    fn a_trim_spares_what_is_used() {
+        let (arena, device) = arena(u64::MAX, u64::MAX);
+        let mut blocks = arena
+            .allocate(&device, &[70 * MIB, 80 * MIB, 90 * MIB])
+            .unwrap();
+        ready(&blocks);
+        let kept = blocks.pop().unwrap();
+        drop(blocks);
+        assert_eq!(arena.trim(u64::MAX), 0);
+        // The small one is enough.
+        assert_eq!(arena.trim(80 * MIB), 70 * MIB);
+        assert_eq!(arena.trim(0), 80 * MIB);
+        assert!(arena.contains(kept.pointer().as_ptr() as usize));
+        assert_eq!(
+            arena.usage(),
+            ArenaUse {
+                pinned: 90 * MIB,
+                used: 90 * MIB
+            }
+        );
+    }
+
+    #[test]
+    fn many_blocks_come_in_order_and_in_one_piece() {
+        let (arena, device) = arena(u64::MAX, u64::MAX);
+        let sizes: Vec<u64> = (0..40).map(|index| (1 + index % 7) * MIB).collect();
+        let blocks = arena.allocate(&device, &sizes).unwrap();
+        for (block, &bytes) in blocks.iter().zip(&sizes) {
+            assert_eq!(block.bytes() as u64, bytes);
+            block.wait().unwrap();
+            assert_eq!(present(block), block.bytes() / PAGE);
+        }
+        let places: Vec<usize> = blocks
+            .iter()
+            .map(|block| block.pointer().as_ptr() as usize)
+            .collect();
+        assert!(places.is_sorted());
+        drop(blocks);
+        // The same again finds the same places, whatever the sizes.
+        let pinned = arena.usage().pinned;
+        let mut again = sizes.clone();
+        again.reverse();
+        ready(&arena.allocate(&device, &again).unwrap());
+        assert_eq!(arena.usage().pinned, pinned);
     }
 }

@@ -4,12 +4,54 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Left free for everybody else, bytes.
 const MARGIN: u64 = 256 << 20;
 
-/// Bytes that may still be taken, after a margin; `None` where the system does not tell.
-pub fn headroom() -> Option<u64> {
+/// How old a figure may be that only decides whether idle memory is kept.
+const RECENT: Duration = Duration::from_millis(10);
+
+/// What the host has left, asked when it is needed.
+pub struct Headroom {
+    ask: Box<dyn Fn() -> Option<u64> + Send + Sync>,
+    /// The last answer. Never held while it is asked for.
+    last: Mutex<Option<(Instant, Option<u64>)>>,
+}
+
+impl Headroom {
+    /// What the system says.
+    pub fn of_system() -> Headroom {
+        Headroom::from_fn(system_headroom)
+    }
+
+    /// What `ask` says: bytes that may still be taken, or `None` if nobody knows.
+    pub fn from_fn(ask: impl Fn() -> Option<u64> + Send + Sync + 'static) -> Headroom {
+        Headroom {
+            ask: Box::new(ask),
+            last: Mutex::new(None),
+        }
+    }
+
+    /// Bytes that may still be taken, after a margin; `None` where the system does not tell.
+    pub fn now(&self) -> Option<u64> {
+        let answer = (self.ask)();
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), answer));
+        answer
+    }
+
+    /// Like [`Self::now`], a moment ago.
+    pub fn recent(&self) -> Option<u64> {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match last {
+            Some((when, answer)) if when.elapsed() < RECENT => answer,
+            _ => self.now(),
+        }
+    }
+}
+
+fn system_headroom() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let system = fs::read_to_string("/proc/meminfo")
         .ok()

@@ -3,10 +3,14 @@
 //! One [`Engine`] serves one platform. It knows spans of device memory and places in host memory;
 //! what a span means, and when it may be copied, is decided above.
 
+mod adopt;
 pub mod arena;
 mod chunk;
+pub mod copy;
+mod growth;
 mod limits;
-pub(crate) use limits::headroom;
+pub(crate) mod pages;
+mod ring;
 pub mod staging;
 mod streams;
 mod workers;
@@ -14,18 +18,32 @@ mod workers;
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use arena::{Arena, ArenaUse, Block};
+pub use adopt::Adopted;
+pub use arena::{Arena, ArenaStats, ArenaUse, Block};
+pub use limits::Headroom;
 pub use streams::{Settled, SharedEvent, Streams};
 pub use workers::{Batch, Workers};
 
 use crate::config;
 use crate::device::{Address, Device, DeviceKind, Direction, Platform};
-use crate::error::Result;
+use crate::error::{Error, Result};
 pub use crate::op::Control;
 
 /// What a resume without retention keeps pinned for the next pause, unless `TMS_PINNED_KEEP` says
 /// otherwise.
 const DEFAULT_KEEP: u64 = 16 << 30;
+
+/// How an engine is made; zeros mean the defaults.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EngineOptions {
+    /// Threads that copy, populate and pin: at most the cores, and at most 16. The default is as
+    /// many as that (half on the host device, which has threads of its own).
+    pub threads: u32,
+    /// Pinned memory that bytes pass through on their way to and from pageable memory, files and
+    /// stores; in whole slots of 4 MiB, at least two. The default is two for each thread. It is
+    /// taken when first needed.
+    pub staging_bytes: u64,
+}
 
 /// A range of device memory.
 #[derive(Clone, Debug)]
@@ -45,6 +63,9 @@ pub struct Engine {
     ring: Mutex<Option<Arc<staging::Ring>>>,
     /// For lists that devices read and write, kept from one pause to the next.
     scratch: Mutex<Option<Block>>,
+    staging_bytes: usize,
+    /// What explicit copies know and hold, see [`copy::Copier`].
+    copies: copy::State,
     /// Memory that a device may still use, because it could not be asked whether it is done.
     quarantine: Mutex<Vec<Kept>>,
 }
@@ -61,6 +82,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        self.copies.settle();
         self.drain_quarantine();
         // What a device may still use is lost to the process rather than given to somebody else.
         std::mem::forget(std::mem::take(&mut *lock(&self.quarantine)));
@@ -73,17 +95,30 @@ impl Drop for Engine {
 }
 
 impl Engine {
-    /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
+    /// See [`Self::with_options`].
     pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {
+        Engine::with_options(platform, EngineOptions::default())
+    }
+
+    /// Reads `TMS_PINNED_LIMIT` and `TMS_PINNED_KEEP` (bytes, with an optional unit).
+    pub fn with_options(platform: Arc<dyn Platform>, options: EngineOptions) -> Result<Engine> {
         let limit = config::size_from_environment("TMS_PINNED_LIMIT")?.unwrap_or(u64::MAX);
         let keep = config::size_from_environment("TMS_PINNED_KEEP")?.unwrap_or(DEFAULT_KEEP);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // The host device has threads of its own; together they stay below the number of cores.
-        let threads = match platform.kind() {
-            DeviceKind::Cuda => cores,
-            DeviceKind::Host => cores.div_ceil(2),
+        let threads = match (options.threads, platform.kind()) {
+            (0, DeviceKind::Cuda) => cores,
+            (0, DeviceKind::Host) => cores.div_ceil(2),
+            (wanted, _) => cores.min(wanted as usize),
         };
         let workers = Arc::new(Workers::new(threads));
+        let staging_bytes = match options.staging_bytes {
+            0 => workers.most() * staging::DEPTH * staging::PIECE,
+            bytes => usize::try_from(bytes)
+                .ok()
+                .filter(|&bytes| bytes <= isize::MAX as usize)
+                .ok_or_else(|| Error::invalid("staging_bytes", "does not fit the address space"))?,
+        };
         Ok(Engine {
             arena: Arena::new(Arc::clone(&workers), limit, keep),
             workers,
@@ -91,6 +126,8 @@ impl Engine {
             streams: Mutex::default(),
             ring: Mutex::default(),
             scratch: Mutex::default(),
+            staging_bytes,
+            copies: copy::State::default(),
             quarantine: Mutex::default(),
         })
     }
@@ -105,6 +142,11 @@ impl Engine {
 
     pub fn arena(&self) -> &Arena {
         &self.arena
+    }
+
+    /// Whether an explicit copy runs as an operation, or waits for its turn.
+    pub fn is_copying(&self) -> bool {
+        self.copies.busy()
     }
 
     /// The streams of a device, created on the first call.
@@ -135,7 +177,7 @@ impl Engine {
         if let Some(existing) = &*ring {
             return Ok(Arc::clone(existing));
         }
-        let created = Arc::new(staging::Ring::new(&self.arena, device)?);
+        let created = Arc::new(staging::Ring::new(&self.arena, device, self.staging_bytes)?);
         *ring = Some(Arc::clone(&created));
         Ok(created)
     }
@@ -206,28 +248,12 @@ impl Engine {
 
     /// Copies device memory to the host and waits. Work of other streams is not waited for.
     pub fn read(&self, device: &Arc<dyn Device>, address: Address, into: &mut [u8]) -> Result<()> {
-        let ring = self.ring(device)?;
-        let mut at = address;
-        for part in into.chunks_mut(staging::PIECE) {
-            let mut slot = ring.acquire()?;
-            slot.copy_from_device(&*self.streams(device)?, at, part.len())?;
-            part.copy_from_slice(slot.bytes(part.len()));
-            at += part.len() as u64;
-        }
-        Ok(())
+        staging::read_device(self, device, address, into)
     }
 
     /// Copies host memory to the device and waits. Work of other streams is not waited for.
     pub fn write(&self, device: &Arc<dyn Device>, address: Address, from: &[u8]) -> Result<()> {
-        let ring = self.ring(device)?;
-        let mut at = address;
-        for part in from.chunks(staging::PIECE) {
-            let mut slot = ring.acquire()?;
-            slot.bytes_mut(part.len()).copy_from_slice(part);
-            slot.copy_to_device(&*self.streams(device)?, at, part.len())?;
-            at += part.len() as u64;
-        }
-        Ok(())
+        staging::write_device(self, device, address, from)
     }
 }
 

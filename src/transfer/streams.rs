@@ -40,7 +40,7 @@ impl<S: Deref<Target = Streams>> PooledEvent<S> {
 
 impl<S: Deref<Target = Streams>> Drop for PooledEvent<S> {
     fn drop(&mut self) {
-        self.streams.events().push(self.event);
+        self.streams.give_event(self.event);
     }
 }
 
@@ -90,12 +90,14 @@ impl Streams {
         Ok(marked)
     }
 
-    fn take_event(&self) -> Result<Event> {
+    /// An event that its user gives back by [`Self::give_event`].
+    pub fn take_event(&self) -> Result<Event> {
         let pooled = self.events().pop();
-        match pooled {
-            Some(event) => Ok(event),
-            None => self.device.event_create(),
-        }
+        pooled.map_or_else(|| self.device.event_create(), Ok)
+    }
+
+    pub fn give_event(&self, event: Event) {
+        self.events().push(event);
     }
 
     pub fn of(&self, direction: Direction) -> Stream {

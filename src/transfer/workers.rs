@@ -9,8 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// More threads than this do not copy faster: eight already reach the bus.
-const MOST: usize = 8;
+/// More threads than this do not copy faster: so many reach the speed of the memory.
+const MOST: usize = 16;
 
 struct Queue {
     jobs: VecDeque<Job>,

@@ -71,6 +71,7 @@ impl CudaDevice {
             can_export,
             rdma,
             peers: probe.peers(count)?,
+            numa_node: probe.numa_node(),
         };
         let maps_host = probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?;
         let reaches_host = maps_host

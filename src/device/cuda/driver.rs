@@ -126,6 +126,7 @@ driver_table! {
         cuGetErrorName(c_int, *mut *const c_char);
         cuGetErrorString(c_int, *mut *const c_char);
         cuDeviceCanAccessPeer(*mut c_int, CUdevice, CUdevice);
+        cuDeviceGetPCIBusId(*mut c_char, c_int, CUdevice);
         cuDevicePrimaryCtxGetState(CUdevice, *mut c_uint, *mut c_int);
         cuThreadExchangeStreamCaptureMode(*mut c_int);
         cuStreamIsCapturing(CUstream, *mut c_int);

@@ -3,10 +3,11 @@
 //! None of them needs a context.
 
 use std::ffi::{CStr, c_char, c_int};
+use std::path::Path;
 
 use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Attribute};
 
-use super::code::{INVALID_VALUE, NOT_SUPPORTED};
+use super::code::{INVALID_VALUE, NOT_SUPPORTED, SUCCESS};
 use super::driver::DriverTable;
 use super::vmm::{self, Purpose};
 use crate::error::{Error, ErrorKind, Result};
@@ -59,6 +60,20 @@ impl Probe {
         // SAFETY: the last byte is 0 in any case.
         let name = unsafe { CStr::from_ptr(buffer.as_ptr()) };
         Ok(name.to_string_lossy().into_owned())
+    }
+
+    /// The NUMA node of the slot that the device is in; `None` where nobody tells.
+    pub(super) fn numa_node(&self) -> Option<u32> {
+        let function = self.driver.cuDeviceGetPCIBusId?;
+        let mut buffer: [c_char; 32] = [0; 32];
+        // SAFETY: the buffer is as long as said, less a terminator that stays in any case.
+        let code = unsafe { function(buffer.as_mut_ptr(), buffer.len() as c_int - 1, self.device) };
+        if code != SUCCESS {
+            return None;
+        }
+        // SAFETY: as above.
+        let id = unsafe { CStr::from_ptr(buffer.as_ptr()) }.to_str().ok()?;
+        node_of_slot(Path::new("/sys/bus/pci/devices"), id)
     }
 
     /// What fits all memory that will be created, and whether that can be memory for RDMA.
@@ -118,5 +133,28 @@ impl Probe {
             }
         }
         Ok(peers)
+    }
+}
+
+/// The system names slots in small letters, the driver in capitals; −1 means no node.
+fn node_of_slot(slots: &Path, id: &str) -> Option<u32> {
+    let file = slots.join(id.to_ascii_lowercase()).join("numa_node");
+    std::fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_is_found_by_the_slot() {
+        let slots = tempfile::tempdir().unwrap();
+        for (slot, node) in [("0000:3b:00.0", "1\n"), ("0000:5e:00.0", "-1\n")] {
+            std::fs::create_dir(slots.path().join(slot)).unwrap();
+            std::fs::write(slots.path().join(slot).join("numa_node"), node).unwrap();
+        }
+        assert_eq!(node_of_slot(slots.path(), "0000:3B:00.0"), Some(1));
+        assert_eq!(node_of_slot(slots.path(), "0000:5E:00.0"), None);
+        assert_eq!(node_of_slot(slots.path(), "0000:AF:00.0"), None);
     }
 }

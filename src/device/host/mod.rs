@@ -152,6 +152,7 @@ impl Platform for HostPlatform {
                 peers: (0..self.shared.devices)
                     .filter(|peer| *peer != ordinal)
                     .collect(),
+                numa_node: None,
             },
         }))
     }
