@@ -1,7 +1,7 @@
 //! What a saver knows, under its one lock of the state. Every step that must be seen as one by
 //! malloc, free, pause and resume is a function here; none calls a device.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::addresses::Class;
 use super::residue::Residue;
@@ -16,11 +16,21 @@ pub(super) struct Held {
     pub spans: Spans,
     /// Device memory and addresses whose release failed or had to be put off.
     pub residues: Vec<Residue>,
+    /// Allocations of a running ordered resume whose contents are complete.
+    pub ready: BTreeSet<Address>,
     pub margins: BTreeMap<u32, u64>,
     pub margin_of_all: u64,
 }
 
 impl Held {
+    /// The state of an allocation as its host sees it.
+    pub fn state_of(&self, base: Address, record: &Record<Allocation>) -> State {
+        match record.state {
+            State::Resuming if self.ready.contains(&base) => State::Active,
+            state => state,
+        }
+    }
+
     /// See [`Table::free`].
     pub fn free(&mut self, address: Address) -> Freed<Allocation> {
         let freed = self.table.free(address);

@@ -11,9 +11,11 @@ mod backing;
 mod commit;
 mod held;
 mod options;
+mod ordered;
 mod outcome;
 mod pause;
 mod pinned;
+mod readiness;
 pub mod region;
 mod residue;
 mod resume;
@@ -33,6 +35,7 @@ use crate::process;
 use crate::transfer::{ArenaUse, Engine};
 
 pub use options::{PauseOptions, ResumeOptions};
+pub use ordered::OrderedResume;
 pub use outcome::{AllocationInfo, Failure, Outcome, Summary, TagStats};
 pub use region::Region;
 pub use table::State;
@@ -618,7 +621,7 @@ impl Saver {
             requested: record.requested,
             tag: Arc::clone(&record.tag),
             device: record.payload.device.info().ordinal,
-            state: record.state,
+            state: held.state_of(base, record),
             backed: record
                 .payload
                 .stored
@@ -632,7 +635,7 @@ impl Saver {
     pub fn stats(&self) -> Vec<TagStats> {
         let held = self.held();
         let mut stats: BTreeMap<(Arc<str>, u32), TagStats> = BTreeMap::new();
-        for (_, record) in held.table.iter() {
+        for (base, record) in held.table.iter() {
             let device = record.payload.device.info().ordinal;
             let entry = stats
                 .entry((Arc::clone(&record.tag), device))
@@ -646,7 +649,7 @@ impl Saver {
                     backed_bytes: 0,
                     held_bytes: held.held_bytes(&record.tag, device),
                 });
-            match record.state {
+            match held.state_of(base, record) {
                 State::Active | State::Pausing => {
                     entry.active_count += 1;
                     entry.active_bytes += record.bytes;
@@ -711,7 +714,7 @@ impl Saver {
             .table
             .find(address, bytes as u64)
             .ok_or_else(|| unknown(address))?;
-        if record.state != State::Active {
+        if held.state_of(base, record) != State::Active {
             return Err(not_active(base));
         }
         Ok(Arc::clone(&record.payload.device))
