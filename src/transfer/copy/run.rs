@@ -38,6 +38,15 @@ impl HostStream {
         })
     }
 
+    /// Whether the stream is one of the device.
+    pub fn fits(&self) -> bool {
+        let recorded = self
+            .streams
+            .event()
+            .and_then(|event| self.streams.device.event_record(event.event(), self.stream));
+        recorded.is_ok()
+    }
+
     /// Waits for what was queued so far.
     fn wait(&self) -> Result<()> {
         let device = &self.streams.device;
