@@ -8,7 +8,7 @@ mod support;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use support::{FakeCuda, pattern};
-use tms_memcache::device::{self, Device, Piece, Pitched};
+use tms_memcache::device::{self, Device, Piece, Pitched, Stream};
 use tms_memcache::{Copier, ErrorKind, Region, Result, Saver, Way};
 
 const OUT_OF_MEMORY: i32 = 2;
@@ -45,6 +45,7 @@ struct World {
     saver: Saver,
     copier: Copier,
     device: Arc<dyn Device>,
+    stream: Stream,
     on_device: [u64; 2],
     pinned: Vec<u8>,
     pageable: Vec<u8>,
@@ -68,6 +69,7 @@ impl World {
         let world = World {
             saver,
             copier,
+            stream: device.stream_create().unwrap(),
             device,
             on_device,
             pinned,
@@ -115,6 +117,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        self.device.stream_destroy(self.stream).unwrap();
         // SAFETY: no copy runs any more.
         unsafe {
             self.device
@@ -207,18 +210,13 @@ impl Scenario {
 /// # Safety
 /// As for the copier's function.
 unsafe fn on_stream(world: &World, pieces: &[Piece]) -> Result<()> {
-    let stream = world.device.stream_create()?;
+    let stream = world.stream;
     // SAFETY: by this function's contract.
     let queued = unsafe { world.copier.copy_on_stream(pieces, Way::Any, stream.0) };
     let waited = world.device.stream_synchronize(stream);
     // Whatever fails, nothing may run on when the test goes on.
-    let again = || world.device.stream_synchronize(stream);
-    if waited.is_err() && again().is_err() && again().is_err() {
-        let _ = world.device.synchronize();
-    }
-    let destroyed = world.device.stream_destroy(stream);
-    if destroyed.is_err() {
-        let _ = world.device.stream_destroy(stream);
+    if waited.is_err() {
+        while world.device.stream_synchronize(stream).is_err() {}
     }
     queued.and(waited)
 }
@@ -292,7 +290,7 @@ fn every_call_of_a_copy_fails_once() {
             scenario.run(&world).0.unwrap();
             let calls = fake.count();
             // Of very many calls that are alike, not every one.
-            let step = (calls / 60).max(1) as usize;
+            let step = (calls / 40).max(1) as usize;
             for (code, repeat) in [(OUT_OF_MEMORY, 1), (UNKNOWN, 1), (UNKNOWN, 4)] {
                 for nth in (1..=calls).step_by(step) {
                     seed += 1;
@@ -346,7 +344,7 @@ fn the_first_copy_and_its_measurements_fail_anywhere() {
         scenario.run(&world).0.unwrap();
         fake.count()
     };
-    let few = (1..=40).chain((41..calls - 40).step_by(calls as usize / 25));
+    let few = (1..=60).chain((61..calls - 40).step_by(calls as usize / 12));
     for nth in few.chain(calls - 40..=calls) {
         for repeat in [1, 6] {
             let world = World::new(None);
