@@ -70,6 +70,7 @@ fn main() {
             "result",
             "op",
             "saver",
+            "pinned",
             "transfer",
             "copy",
             "copy_many",

@@ -144,6 +144,9 @@ impl World {
     fn check(&self, what: &str) {
         for (index, memory) in self.places.iter().enumerate() {
             let got = self.contents(index);
+            if got == memory.model {
+                continue;
+            }
             if let Some(at) = (0..got.len()).find(|&at| got[at] != memory.model[at]) {
                 panic!("{what}: byte {at} of place {index} differs");
             }
@@ -427,9 +430,10 @@ fn a_stream_keeps_its_order() {
             world.check(&format!("to place {to}"));
         }
         // A pageable source was read when the call returns.
-        for to in [0, 1] {
-            let piece = world.piece((to, 1), (PAGEABLE, 3), half);
-            world.expect((to, 1), (PAGEABLE, 3), half);
+        for turn in [0, 1] {
+            let (to, from) = ((0, turn), (PAGEABLE, 3));
+            let piece = world.piece(to, from, half);
+            world.expect(to, from, half);
             // SAFETY: both lie in memory of the world.
             unsafe {
                 world
@@ -437,11 +441,10 @@ fn a_stream_keeps_its_order() {
                     .copy_on_stream(&[piece], Way::Any, stream.0)
                     .unwrap();
             }
-            world.fill(PAGEABLE, 77 + to as u64);
+            world.fill(PAGEABLE, 77 + turn as u64);
         }
         device.stream_synchronize(stream).unwrap();
         device.stream_destroy(stream).unwrap();
-        world.devices[1].synchronize().unwrap();
         world.check("pageable sources");
     }
 }

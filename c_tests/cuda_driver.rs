@@ -13,7 +13,10 @@ use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use tms_memcache::device::cuda::{CudaDevice, CudaPlatform, DriverTable};
-use tms_memcache::device::{self, CreateOptions, Device, DeviceKind, Direction, Platform};
+use tms_memcache::device::fingerprint::{Block, Key, Print};
+use tms_memcache::device::{
+    self, CreateOptions, Device, DeviceKind, Direction, Piece, Pitched, Place, Platform, Stream,
+};
 use tms_memcache::error::{Error, ErrorKind, Result};
 
 const MIB: u64 = 1 << 20;
@@ -155,6 +158,12 @@ impl Fake {
         unsafe { self.function::<F>(c"fakecuda_primary_refs")(device) }
     }
 
+    fn live_modules(&self) -> u64 {
+        type F = unsafe extern "C" fn() -> u64;
+        // SAFETY: as declared in fakecuda.h.
+        unsafe { self.function::<F>(c"fakecuda_live_modules")() }
+    }
+
     /// What of a thread the library must not change: its current context and capture mode.
     fn thread_state(&self) -> (usize, c_int) {
         type Get = unsafe extern "C" fn(*mut *mut c_void) -> Code;
@@ -283,6 +292,7 @@ fn queue_work(device: &CudaDevice, address: u64, host: *mut u8) -> Result<()> {
             .and_then(|()| copy(address, host, Direction::ToDevice))
             .and_then(|()| copy(address + 4096, address, Direction::OnDevice))
             .and_then(|()| copy(host, address, Direction::ToHost))
+            .and_then(|()| queue_larger_work(device, stream, address, host))
             .and_then(|()| device.event_record(event, stream))
             .and_then(|()| device.stream_wait(stream, event))
             .and_then(|()| device.event_query(event).map(drop))
@@ -293,6 +303,52 @@ fn queue_work(device: &CudaDevice, address: u64, host: *mut u8) -> Result<()> {
     });
     let destroyed = device.stream_destroy(stream);
     done.and(destroyed)
+}
+
+/// Everything that copies more than one range, as far as the device can. `host` is registered.
+fn queue_larger_work(device: &CudaDevice, stream: Stream, address: u64, host: u64) -> Result<()> {
+    let pieces = [1, 2, 0, 3].map(|at| Piece {
+        destination: address + at * 8192,
+        source: host + at * 4096,
+        bytes: at * 100,
+    });
+    let block = Block {
+        address,
+        bytes: 4096,
+    };
+    let (list, blocks, prints) = (
+        host + (1 << 20),
+        host + (1 << 20) + 4096,
+        host + (1 << 20) + 8192,
+    );
+    let pitched = Pitched {
+        destination: address + MIB,
+        destination_pitch: 512,
+        source: host,
+        source_pitch: 100,
+        width: 100,
+        height: 5,
+    };
+    let at = ptr::with_exposed_provenance_mut::<c_void>;
+    // SAFETY: all of it lies in `host` and in mapped memory, which outlive the work; only streams
+    // use it meanwhile, and they only read the lists.
+    unsafe {
+        at(list as usize).cast::<[Piece; 4]>().write(pieces);
+        at(blocks as usize).cast::<Block>().write(block);
+        if device.has_kernels() {
+            device.copy_pieces(at(list as usize).cast(), 4, 8, stream)?;
+            let (blocks, prints) = (at(blocks as usize).cast(), at(prints as usize).cast());
+            device.fingerprint(&Key::new()?, blocks, prints, 1, stream)?;
+        }
+        if device.has_batch() {
+            device.copy_batch(&pieces, Direction::ToDevice, stream)?;
+        }
+        device.copy_pitched(&pitched, Direction::ToDevice, stream)?;
+        if let Some(&peer) = device.info().peers.first() {
+            device.copy_to_peer(address + 4096, peer, address, 100, stream)?;
+        }
+    }
+    Ok(())
 }
 
 #[test]
@@ -414,6 +470,12 @@ fn missing_optional_functions_turn_features_off() {
             let address = device.reserve(2 * MIB).unwrap();
             device.map(address, 2 * MIB, physical).unwrap();
             device.set_access(address, 2 * MIB, &[]).unwrap();
+            assert!(!device.has_batch());
+            // SAFETY: nothing to copy.
+            let batch = unsafe { device.copy_batch(&[], Direction::ToHost, Stream::of_host(2)) };
+            assert_eq!(kind(batch), ErrorKind::Unsupported);
+            // SAFETY: the memory lives as long as the process.
+            unsafe { device.register_host(host, 2 * MIB as usize) }.unwrap();
             queue_work(&device, address, host).unwrap();
             device.synchronize().unwrap();
             let error = device.unreserve(address, 2 * MIB).unwrap_err();
@@ -483,6 +545,208 @@ fn opening_a_device_survives_every_failing_call() {
 }
 
 #[test]
+fn kernels_that_do_not_load_are_off_and_the_rest_works() {
+    child(
+        "kernels_that_do_not_load_are_off_and_the_rest_works",
+        whole(),
+        &[("FAKECUDA_DEVICES", "2")],
+        || {
+            let fake = Fake::find();
+            let host = pages(2 * MIB as usize);
+            for (function, nth, code) in [
+                ("cuModuleLoadData", 1, 222),
+                ("cuModuleLoadData", 2, 218),
+                ("cuModuleGetFunction", 1, 500),
+                ("cuModuleGetFunction", 2, UNKNOWN),
+            ] {
+                fake.reset();
+                fake.fail(function, nth, code, 1);
+                let platform = CudaPlatform::open().unwrap();
+                let device = platform.cuda_device(0).unwrap();
+                assert!(!device.has_kernels(), "{function}");
+                assert_eq!(fake.live_modules(), 0, "{function}");
+                assert_eq!(platform.missing_symbols(), ["kernels"]);
+                let (stream, at) = (Stream::of_host(2), host.cast_const());
+                let key = Key::new().unwrap();
+                // SAFETY: refused.
+                let (copied, printed) = unsafe {
+                    let prints = host.cast::<Print>();
+                    (
+                        device.copy_pieces(at.cast(), 1, 1, stream),
+                        device.fingerprint(&key, at.cast(), prints, 1, stream),
+                    )
+                };
+                assert_eq!(kind(copied), ErrorKind::Unsupported);
+                assert_eq!(kind(printed), ErrorKind::Unsupported);
+                use_everything(&device, host).unwrap();
+                assert!(platform.cuda_device(1).unwrap().has_kernels());
+                assert_eq!(fake.live_modules(), 2);
+            }
+            let platform = CudaPlatform::open().unwrap();
+            assert!(platform.cuda_device(0).unwrap().has_kernels());
+            assert!(platform.missing_symbols().is_empty());
+            assert_eq!(fake.live_modules(), 2);
+            drop(platform);
+            assert_eq!(fake.live_modules(), 0);
+        },
+    );
+}
+
+#[test]
+fn an_older_driver_reads_the_kernels() {
+    child(
+        "an_older_driver_reads_the_kernels",
+        whole(),
+        &[("FAKECUDA_VERSION", "12000")],
+        || {
+            let device = CudaPlatform::open().unwrap().cuda_device(0).unwrap();
+            assert!(device.has_kernels());
+        },
+    );
+}
+
+#[test]
+fn a_batch_names_the_piece_at_fault() {
+    child("a_batch_names_the_piece_at_fault", whole(), &[], || {
+        let fake = Fake::find();
+        let device = CudaPlatform::open().unwrap().cuda_device(0).unwrap();
+        let host = pages(2 * MIB as usize);
+        // SAFETY: the memory lives as long as the process.
+        unsafe { device.register_host(host, MIB as usize) }.unwrap();
+        let address = device.reserve(2 * MIB).unwrap();
+        let physical = device.create(2 * MIB, CreateOptions::default()).unwrap();
+        device.map(address, 2 * MIB, physical).unwrap();
+        device.set_access(address, 2 * MIB, &[]).unwrap();
+        let stream = device.stream_create().unwrap();
+        let source = host.expose_provenance() as u64;
+        let mut pieces = [100, 0, 100, 100].map(|bytes| Piece {
+            destination: address,
+            source,
+            bytes,
+        });
+        // Over the edge of the registration.
+        pieces[2].source = source + MIB - 50;
+        // SAFETY: the memory lives as long as the process.
+        let batch = || unsafe { device.copy_batch(&pieces, Direction::ToDevice, stream) };
+        let error = batch().unwrap_err().to_string();
+        assert!(
+            error.starts_with("pieces[2]: cuMemcpyBatchAsync(3 copies"),
+            "{error}"
+        );
+        fake.fail("cuMemcpyBatchAsync", 1, UNKNOWN, 1);
+        let error = batch().unwrap_err().to_string();
+        assert!(error.starts_with("cuMemcpyBatchAsync(3 copies"), "{error}");
+        device.stream_synchronize(stream).unwrap();
+    });
+}
+
+#[test]
+fn the_context_of_a_peer_is_retained_on_demand() {
+    child(
+        "the_context_of_a_peer_is_retained_on_demand",
+        whole(),
+        &[("FAKECUDA_DEVICES", "2")],
+        || {
+            let fake = Fake::find();
+            let device = CudaPlatform::open().unwrap().cuda_device(0).unwrap();
+            let address = device.reserve(2 * MIB).unwrap();
+            let physical = device.create(2 * MIB, CreateOptions::default()).unwrap();
+            device.map(address, 2 * MIB, physical).unwrap();
+            device.set_access(address, 2 * MIB, &[1]).unwrap();
+            let stream = device.stream_create().unwrap();
+            let copy = |peer| {
+                // SAFETY: device memory on both sides.
+                unsafe { device.copy_to_peer(address + MIB, peer, address, 100, stream) }
+            };
+            assert_eq!(kind(copy(2)), ErrorKind::Unsupported);
+            assert_eq!(fake.primary_references(1), 0);
+            fake.fail("cuDevicePrimaryCtxRetain", 1, 2, 1);
+            assert_eq!(kind(copy(1)), ErrorKind::OutOfDeviceMemory);
+            assert_eq!(fake.primary_references(1), 0);
+            for _ in 0..3 {
+                copy(1).unwrap();
+                assert_eq!(fake.primary_references(1), 1);
+            }
+            fake.fail("cuMemcpyPeerAsync", 1, UNKNOWN, 1);
+            let error = copy(1).unwrap_err().to_string();
+            assert!(error.starts_with("cuMemcpyPeerAsync(100 bytes"), "{error}");
+            device.stream_synchronize(stream).unwrap();
+            drop(device);
+            assert_eq!(fake.primary_references(0), 0);
+            assert_eq!(fake.primary_references(1), 0);
+        },
+    );
+}
+
+#[test]
+fn classifying_an_address_is_one_call() {
+    child("classifying_an_address_is_one_call", whole(), &[], || {
+        let fake = Fake::find();
+        let platform = CudaPlatform::open().unwrap();
+        let host = pages(MIB as usize);
+        let address = host.expose_provenance() as u64;
+        let place = || platform.classify(address + 5).map(|range| range.place);
+        fake.reset();
+        assert_eq!(place().unwrap(), Place::Pageable);
+        assert_eq!(fake.count(), 1);
+        let device = platform.cuda_device(0).unwrap();
+        // SAFETY: the memory lives as long as the process.
+        unsafe { device.register_host(host, MIB as usize) }.unwrap();
+        fake.reset();
+        let range = platform.classify(address + 5).unwrap();
+        assert_eq!(fake.count(), 1);
+        assert_eq!(
+            (range.place, range.start, range.bytes),
+            (Place::Pinned, address, MIB)
+        );
+        assert_ne!(range.id, 0);
+
+        // A driver that wants a context gets one.
+        let before = fake.thread_state();
+        fake.fail("cuPointerGetAttributes", 1, 201, 1);
+        assert_eq!(place().unwrap(), Place::Pinned);
+        fake.fail("cuPointerGetAttributes", 1, 201, 2);
+        let error = place().unwrap_err().to_string();
+        assert!(error.starts_with("cuPointerGetAttributes(0x"), "{error}");
+        fake.fail("cuPointerGetAttributes", 1, UNKNOWN, 1);
+        assert_eq!(kind(place()), ErrorKind::Device);
+        assert_eq!(fake.thread_state(), before);
+        assert_eq!(place().unwrap(), Place::Pinned);
+    });
+}
+
+#[test]
+fn every_larger_copy_says_what_failed() {
+    child("every_larger_copy_says_what_failed", whole(), &[], || {
+        let fake = Fake::find();
+        let device = CudaPlatform::open().unwrap().cuda_device(0).unwrap();
+        let host = pages(2 * MIB as usize);
+        for (function, nth, text) in [
+            (
+                "cuLaunchKernel",
+                1,
+                "cuLaunchKernel(\"tms_copy_pieces\", 1 blocks",
+            ),
+            (
+                "cuLaunchKernel",
+                2,
+                "cuLaunchKernel(\"tms_fingerprint\", 1 blocks",
+            ),
+            ("cuMemcpyBatchAsync", 1, "cuMemcpyBatchAsync(3 copies"),
+            ("cuMemcpy2DAsync_v2", 1, "cuMemcpy2DAsync(ToDevice, Pitched"),
+        ] {
+            fake.reset();
+            fake.fail(function, nth, 700, 1);
+            let error = use_everything(&device, host).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DeviceLost);
+            assert!(error.to_string().starts_with(text), "{error}");
+        }
+        fake.reset();
+        use_everything(&device, host).unwrap();
+    });
+}
+
+#[test]
 fn the_thread_is_as_before_whatever_fails() {
     child(
         "the_thread_is_as_before_whatever_fails",
@@ -537,6 +801,8 @@ fn a_driver_that_only_fails_gives_statuses() {
             let platform = CudaPlatform::open().unwrap();
             let device = platform.cuda_device(0).unwrap();
             let host = pages(2 * MIB as usize);
+            // The first use of a peer retains its context.
+            use_everything(&device, host).unwrap();
             fake.reset();
             use_everything(&device, host).unwrap();
             let calls = fake.count();

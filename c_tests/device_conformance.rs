@@ -4,6 +4,9 @@
 //! Behaviour that only the host device has (budgets, resident memory, its threads) is tested in
 //! `host_only` at the end. Pausing and tags are not known here.
 
+#[path = "conformance/pieces.rs"]
+mod pieces;
+
 use std::os::fd::AsFd;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +18,8 @@ use tms_memcache::device::{
     self, Address, CreateOptions, Device, DeviceKind, Direction, Physical, Platform, Stream,
 };
 use tms_memcache::error::{ErrorKind, Result};
+
+use pieces::*;
 
 type Test = fn(&Arc<dyn Platform>);
 
@@ -132,9 +137,22 @@ conformance! {
         threads_share_a_device,
         devices_work_side_by_side,
         a_peer_with_access_reads_and_writes,
+        pieces_have_any_size_and_alignment,
+        pieces_of_every_pair_of_alignments,
+        few_or_large_pieces_are_copied_too,
+        pieces_keep_their_place_in_the_stream,
+        batches_copy_what_their_pieces_say,
+        pitched_copies_leave_the_gaps_alone,
+        a_peer_is_copied_to_without_access,
+        fingerprints_are_those_of_the_definition,
+        addresses_are_classified,
+        streams_of_the_host_are_used_like_own_ones,
     ],
     alone: [free_memory_falls_and_rises],
-    lost: [a_copy_without_memory_behind_it_is_an_error]
+    lost: [
+        a_copy_without_memory_behind_it_is_an_error,
+        pieces_without_memory_behind_them_are_an_error,
+    ]
 }
 
 /// Mapped, accessible memory; everything is given back on drop.
@@ -859,6 +877,13 @@ mod host_only {
             .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
             .filter(|name| name.starts_with("tms-host-"))
             .count()
+    }
+
+    #[test]
+    fn what_kernels_cannot_reach_is_an_error() {
+        run(false, || {
+            unreachable_memory_is_an_error_of_the_stream(&new(2, 16))
+        });
     }
 
     #[test]

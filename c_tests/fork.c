@@ -47,6 +47,15 @@ static void use_in_child(void)
     CHECK_STATUS(TMS_ERR_FORKED, tms_saver_backup_pointer(saver, paused, 8, &memory));
     CHECK_STATUS(TMS_ERR_FORKED, tms_saver_set_memory_margin(saver, -1, 0));
     CHECK_STATUS(TMS_ERR_FORKED, tms_saver_export(saver, active, &fd, &bytes));
+    char host[64];
+    tms_transfer_engine_t *engine = NULL;
+    CHECK_STATUS(TMS_ERR_FORKED, tms_transfer_engine_create(NULL, &engine));
+    CHECK_STATUS(TMS_ERR_FORKED, tms_memcpy(NULL, host, active, 64, &bytes));
+    CHECK_STATUS(TMS_ERR_FORKED, tms_memcpy_on_stream(NULL, host, active, 64, NULL));
+    CHECK_STATUS(TMS_ERR_FORKED, tms_memcpy_async(NULL, host, active, 64, &other_op));
+    CHECK_STATUS(TMS_ERR_FORKED, tms_memcpy_2d(NULL, host, 8, active, 8, 8, 8, &bytes));
+    CHECK_STATUS(TMS_ERR_FORKED, tms_transfer_table_set(NULL, 0, "h2d:max=plain"));
+    CHECK(engine == NULL && bytes == 0);
     CHECK_STATUS(TMS_ERR_FORKED, tms_op_wait(op, 1000));
     CHECK_OK(tms_op_poll(op, &done));
     CHECK_STATUS(TMS_ERR_FORKED, tms_saver_free(saver));

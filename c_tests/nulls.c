@@ -71,6 +71,18 @@ static void saver_functions(tms_saver_t *saver, void *memory)
     CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_saver_backup_pointer(saver, NULL, 8, &out));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_backup_pointer(saver, memory, 8, NULL));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_set_memory_margin(NULL, -1, 0));
+    tms_pinned_stats_t pinned;
+    memset(&pinned, 0, sizeof pinned);
+    pinned.struct_size = (uint32_t)sizeof pinned;
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_prewarm(NULL, -1, 4096));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_prewarm_async(NULL, -1, 4096, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_prewarm_async(saver, -1, 4096, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_trim(NULL, 0, &bytes));
+    CHECK_OK(tms_saver_trim(saver, UINT64_MAX, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_pinned_stats(NULL, &pinned));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_pinned_stats(saver, NULL));
+    CHECK(op == MARK);
+
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_export(NULL, memory, &number, &bytes));
     CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_saver_export(saver, NULL, &number, &bytes));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_export(saver, memory, NULL, &bytes));
@@ -106,6 +118,53 @@ static void operation_functions(tms_saver_t *saver)
     CHECK_OK(tms_saver_resume(saver, NULL, NULL));
 }
 
+static void copy_functions(void *memory)
+{
+    char host[64] = {0};
+    tms_transfer_engine_t *engine = (tms_transfer_engine_t *)MARK;
+    tms_op_t *op = (tms_op_t *)MARK;
+    tms_copy_t copy = {memory, NULL, 8};
+    tms_pointer_info_t info;
+    memset(&info, 0, sizeof info);
+    info.struct_size = (uint32_t)sizeof info;
+
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_transfer_engine_create(NULL, NULL));
+    CHECK_OK(tms_transfer_engine_free(NULL));
+    CHECK_OK(tms_pointer_query(NULL, NULL, &info));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_pointer_query(NULL, memory, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_transfer_table_get(NULL, 0, NULL, 8, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_transfer_table_set(NULL, 0, NULL));
+
+#define NULLS(function)                                                                            \
+    do {                                                                                           \
+        CHECK_STATUS(TMS_ERR_NULL_POINTER, function(NULL, NULL, host, 8, NULL));                   \
+        CHECK_STATUS(TMS_ERR_NULL_POINTER, function(NULL, memory, NULL, 8, NULL));                 \
+        CHECK_OK(function(NULL, NULL, NULL, 0, NULL));                                             \
+        CHECK_STATUS(TMS_ERR_NULL_POINTER, function##_on_stream(NULL, NULL, host, 8, NULL));       \
+        CHECK_STATUS(TMS_ERR_NULL_POINTER, function##_on_stream(NULL, memory, NULL, 8, NULL));     \
+        CHECK_OK(function##_on_stream(NULL, NULL, NULL, 0, NULL));                                 \
+        CHECK_STATUS(TMS_ERR_NULL_POINTER, function##_async(NULL, memory, host, 8, NULL));         \
+    } while (0)
+    NULLS(tms_memcpy);
+    NULLS(tms_memcpy_h2d);
+    NULLS(tms_memcpy_d2h);
+    NULLS(tms_memcpy_d2d);
+#undef NULLS
+
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_batch(NULL, NULL, 1, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_batch(NULL, &copy, 1, NULL));
+    CHECK_OK(tms_memcpy_batch(NULL, NULL, 0, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_batch_on_stream(NULL, NULL, 1, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_batch_async(NULL, NULL, 1, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_batch_async(NULL, &copy, 1, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_2d(NULL, NULL, 8, host, 8, 8, 2, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_2d(NULL, memory, 8, NULL, 8, 8, 2, NULL));
+    CHECK_OK(tms_memcpy_2d(NULL, NULL, 8, NULL, 8, 8, 0, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_2d_on_stream(NULL, NULL, 8, host, 8, 8, 2, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_memcpy_2d_async(NULL, memory, 8, host, 8, 8, 2, NULL));
+    CHECK(engine == MARK && op == MARK);
+}
+
 static void other_functions(void)
 {
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_device_count(NULL));
@@ -139,6 +198,7 @@ int main(void)
     void *memory = check_malloc(saver, 1 << 20, "nulls", "pinned", 1);
     saver_functions(saver, memory);
     operation_functions(saver);
+    copy_functions(memory);
     other_functions();
     compatible_functions();
     CHECK_KEPT(memory, 1 << 20, 1);

@@ -387,7 +387,8 @@ typedef struct {
      */
     char name[128];
     /**
-     * Driver functions that are missing, separated by commas; the features that need them are off.
+     * Driver functions that are missing, and "kernels" where those of this library cannot run,
+     * separated by commas; the features that need them are off.
      */
     char missing[256];
 } tms_device_info_t;
@@ -637,6 +638,57 @@ typedef struct {
      */
     char tag[256];
 } tms_allocation_info_t;
+
+/**
+ * Pinned host memory of a saver, bytes unless said otherwise. Set struct_size before the call.
+ */
+typedef struct {
+    /**
+     * sizeof this struct.
+     */
+    uint32_t struct_size;
+    /**
+     * Chunks, a number; each is one registration with the driver.
+     */
+    uint32_t chunk_count;
+    /**
+     * Registered with the driver, or on the way there.
+     */
+    uint64_t pinned_bytes;
+    /**
+     * Part of it that holds backups or staging.
+     */
+    uint64_t used_bytes;
+    /**
+     * Part of it that nobody uses: it is there for the next pause.
+     */
+    uint64_t idle_bytes;
+    /**
+     * Part of it that is registered in place and belongs to others, such as segments of a store.
+     */
+    uint64_t adopted_bytes;
+    /**
+     * The most that was pinned at any time.
+     */
+    uint64_t high_water_bytes;
+    /**
+     * What may be pinned at most (TMS_PINNED_LIMIT); UINT64_MAX: as much as the host has.
+     */
+    uint64_t limit_bytes;
+    /**
+     * What stays pinned while nobody uses it: TMS_PINNED_KEEP, or what a prewarm asked for if that
+     * is more.
+     */
+    uint64_t keep_bytes;
+    /**
+     * Part of pinned_bytes that is on huge pages.
+     */
+    uint64_t huge_page_bytes;
+    /**
+     * The rest of pinned_bytes: on small pages (4 KiB), or not populated yet.
+     */
+    uint64_t small_page_bytes;
+} tms_pinned_stats_t;
 
 /**
  * How an engine is made. Zero-fill it, then set struct_size.
@@ -1080,6 +1132,73 @@ int32_t tms_saver_export(const tms_saver_t *saver,
                          uint64_t *bytes);
 
 /**
+ * Populates and pins host memory ahead of need, so that the next pause with pinned backups finds
+ * it: pinning takes longer than copying. For instance while a model is loading.
+ *
+ * When it returns, at least `bytes` are pinned beyond what is used now; memory that is idle
+ * already counts. It is shared by all devices of the saver; `device` says near which of them it
+ * is taken. From then on that much stays pinned while nobody uses it, also across pauses and
+ * resumes and if it is more than TMS_PINNED_KEEP, until tms_saver_trim to less, or until the host
+ * runs short of memory. Freeing an allocation with a retained backup gives back the chunk that the
+ * backup was in, if nothing else is in it, prewarmed or not.
+ *
+ * Memory comes in chunks of 1 GiB, or of the largest allocation that exists on the device at the
+ * time of the call: a larger backup does not fit into them and takes new memory. If the call fails,
+ * nothing of it is kept.
+ *
+ * `saver`: not NULL. `device`: an ordinal, or −1 for the thread's current device. `bytes`: more
+ * than 0. Any thread; a pause may run meanwhile and uses what is ready.
+ *
+ * Returns TMS_OK; TMS_ERR_OUT_OF_HOST_MEMORY (TMS_PINNED_LIMIT, or the host or a control group has
+ * not enough left); TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_DEVICE;
+ * TMS_ERR_FORKED; TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_saver_prewarm(const tms_saver_t *saver,
+                          int32_t device,
+                          uint64_t bytes);
+
+/**
+ * tms_saver_prewarm on a thread of the library.
+ *
+ * `op` receives the operation, to be freed with tms_op_free; not NULL. Its progress counts the
+ * bytes that are pinned. Operations of a saver run in the order they were started: a pause started
+ * after it waits for it.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT, TMS_ERR_FORKED,
+ * TMS_ERR_SHUTDOWN, TMS_ERR_IO (no thread or descriptor).
+ */
+int32_t tms_saver_prewarm_async(const tms_saver_t *saver,
+                                int32_t device,
+                                uint64_t bytes,
+                                tms_op_t **op);
+
+/**
+ * Unpins host memory that nobody uses, prewarmed memory too, until at most `keep_bytes` of it are
+ * left. Memory goes in whole chunks. The contents of backups are not touched.
+ *
+ * `saver`: not NULL. `keep_bytes`: 0 gives back all that is idle; what a prewarm keeps from then
+ * on is no more than this. `released` receives the bytes that were given back; may be NULL. Any
+ * thread.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_FORKED, TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_saver_trim(const tms_saver_t *saver,
+                       uint64_t keep_bytes,
+                       uint64_t *released);
+
+/**
+ * Figures of the saver's pinned host memory.
+ *
+ * `saver`: not NULL. `stats` is filled; not NULL, its struct_size must be set. Any thread. Asks
+ * the system about the pages of the process, which takes milliseconds where there are thousands of
+ * mappings.
+ *
+ * Returns TMS_OK, TMS_ERR_NULL_POINTER, TMS_ERR_INVALID_ARGUMENT.
+ */
+int32_t tms_saver_pinned_stats(const tms_saver_t *saver,
+                               tms_pinned_stats_t *stats);
+
+/**
  * Makes an engine with threads, staging memory and a transfer table of its own.
  *
  * `options` may be NULL. `engine` receives the handle, to be freed with tms_transfer_engine_free;
@@ -1229,8 +1348,8 @@ int32_t tms_memcpy_async(const tms_transfer_engine_t *engine,
                          tms_op_t **op);
 
 /**
- * tms_memcpy from host memory to memory of a device: src must be host memory, dst memory of a device; managed memory
- * may stand for either.
+ * tms_memcpy from host memory to memory of a device: src must be host memory, dst memory of a
+ * device; managed memory may stand for either.
  *
  * Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
  * memory of the other kind.
@@ -1260,8 +1379,8 @@ int32_t tms_memcpy_h2d_async(const tms_transfer_engine_t *engine,
                              tms_op_t **op);
 
 /**
- * tms_memcpy from memory of a device to host memory: src must be memory of a device, dst host memory; managed memory
- * may stand for either.
+ * tms_memcpy from memory of a device to host memory: src must be memory of a device, dst host
+ * memory; managed memory may stand for either.
  *
  * Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
  * memory of the other kind.
@@ -1291,8 +1410,8 @@ int32_t tms_memcpy_d2h_async(const tms_transfer_engine_t *engine,
                              tms_op_t **op);
 
 /**
- * tms_memcpy from memory of a device to memory of the same or another device: both must be memory of devices; managed memory
- * may stand for either.
+ * tms_memcpy from memory of a device to memory of the same or another device: both must be memory
+ * of devices; managed memory may stand for either.
  *
  * Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
  * memory of the other kind.

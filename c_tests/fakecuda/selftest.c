@@ -947,6 +947,180 @@ static void test_kernels(void) {
     nothing_left(0);
 }
 
+/* The kernels of the library under test, whose models are there from the start. */
+static void test_models(void) {
+    static const char ptx[] = ".version 8.0\n.target sm_80\n"
+                              ".visible .entry tms_copy_pieces(.param .u64 list, .param .u32 count)\n{ ret; }\n"
+                              ".visible .entry tms_fingerprint(.param .align 8 .b8 key[288], .param .u64 blocks,\n"
+                              "    .param .u64 prints, .param .u32 count)\n{ ret; }\n";
+    start(0);
+    CUmodule module = NULL;
+    CUfunction copy = NULL, fingerprint = NULL;
+    OK(CALL(cuModuleLoadData)(&module, ptx));
+    OK(CALL(cuModuleGetFunction)(&copy, module, "tms_copy_pieces"));
+    OK(CALL(cuModuleGetFunction)(&fingerprint, module, "tms_fingerprint"));
+    CUdeviceptr memory = allocate(BLOCK, 0);
+    CUstream stream = new_stream();
+    char *host = host_buffer(2 * MiB);
+    OK(CALL(cuMemHostRegister_v2)(host, MiB, CU_MEMHOST_PORTABLE | CU_MEMHOST_DEVICEMAP));
+
+    /* To the device, on it, and back; nothing beside the pieces. */
+    struct {
+        uint64_t destination, source, bytes;
+    } *pieces = (void *)host;
+    uint64_t list = (uintptr_t)host;
+    uint32_t count = 2;
+    void *of_copy[] = {&list, &count};
+    memset(host + 4096, 7, 100);
+    memset(host + 8192, 9, 3);
+    pieces[0].destination = memory + 1;
+    pieces[0].source = list + 4096;
+    pieces[0].bytes = 100;
+    pieces[1].destination = memory + 300;
+    pieces[1].source = list + 8192;
+    pieces[1].bytes = 3;
+    OK(CALL(cuLaunchKernel)(copy, 4, 1, 1, 256, 1, 1, 0, stream, of_copy, NULL));
+    OK(CALL(cuStreamSynchronize)(stream));
+    EQ(peek_byte(memory), 0);
+    EQ(peek_byte(memory + 100), 7);
+    EQ(peek_byte(memory + 101), 0);
+    EQ(peek_byte(memory + 302), 9);
+    EQ(peek_byte(memory + 303), 0);
+    pieces[0].destination = list + 12288;
+    pieces[0].source = memory + 1;
+    pieces[1].destination = memory + 1000;
+    pieces[1].source = memory + 300;
+    OK(CALL(cuLaunchKernel)(copy, 4, 1, 1, 256, 1, 1, 0, stream, of_copy, NULL));
+    OK(CALL(cuStreamSynchronize)(stream));
+    EQ(host[12288 + 99], 7);
+    EQ(host[12288 + 100], 0);
+    EQ(peek_byte(memory + 1002), 9);
+
+    /* With keys of zero and r = 2 and 1: 3 * 5 stands at r^511, behind it the length. */
+    struct {
+        uint32_t nh[2][16];
+        uint64_t powers[2][10];
+    } key = {.powers = {{2}, {1}}};
+    struct {
+        uint64_t address, bytes;
+    } *blocks = (void *)host;
+    uint64_t *prints = (void *)(host + 4096), of_prints = list + 4096;
+    void *of_fingerprint[] = {&key, &list, &of_prints, &count};
+    uint32_t words[] = {3, 5};
+    OK(CALL(cuMemsetD8Async)(memory, 0, BLOCK, stream));
+    OK(CALL(cuStreamSynchronize)(stream));
+    OK(CALL(fakecuda_poke)((void *)(uintptr_t)memory, &words[0], 4));
+    OK(CALL(fakecuda_poke)((void *)(uintptr_t)(memory + 512), &words[1], 4));
+    blocks[0].address = memory;
+    blocks[0].bytes = 1000;
+    blocks[1].address = memory + 1024;
+    blocks[1].bytes = 77;
+    prints[4] = 1;
+    OK(CALL(cuLaunchKernel)(fingerprint, 2, 1, 1, 256, 1, 1, 0, stream, of_fingerprint, NULL));
+    OK(CALL(cuStreamSynchronize)(stream));
+    EQ(prints[0], (15 << 511 % 61) + 1000);
+    EQ(prints[1], 15 + 1000);
+    EQ(prints[2], 77);
+    EQ(prints[3], 77);
+    EQ(prints[4], 1);
+
+    /* Memory that is not registered, or not aligned, is out of reach. */
+    blocks[1].address = memory + 8;
+    OK(CALL(cuLaunchKernel)(fingerprint, 2, 1, 1, 256, 1, 1, 0, stream, of_fingerprint, NULL));
+    EQ(CALL(cuStreamSynchronize)(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
+    CALL(fakecuda_reset_faults)();
+    pieces[0].destination = memory;
+    pieces[0].source = list + MiB;
+    pieces[0].bytes = 1;
+    count = 1;
+    OK(CALL(cuLaunchKernel)(copy, 1, 1, 1, 256, 1, 1, 0, stream, of_copy, NULL));
+    EQ(CALL(cuStreamSynchronize)(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
+    CALL(fakecuda_reset_faults)();
+    list += MiB;
+    OK(CALL(cuLaunchKernel)(copy, 1, 1, 1, 256, 1, 1, 0, stream, of_copy, NULL));
+    EQ(CALL(cuStreamSynchronize)(stream), CUDA_ERROR_ILLEGAL_ADDRESS);
+    CALL(fakecuda_reset_faults)();
+
+    OK(CALL(cuModuleUnload)(module));
+    OK(CALL(cuMemHostUnregister)(host));
+    munmap(host, 2 * MiB);
+    OK(CALL(cuStreamDestroy_v2)(stream));
+    release(memory, BLOCK);
+    nothing_left(0);
+}
+
+/* ---- Pitched copies ---- */
+
+static void test_pitched(void) {
+    start(0);
+    CUdeviceptr memory = allocate(BLOCK, 0);
+    CUstream stream = new_stream();
+    char *host = host_buffer(MiB), *back_again = host_buffer(MiB);
+    OK(CALL(cuMemHostRegister_v2)(host, MiB, CU_MEMHOST_PORTABLE));
+    for (int i = 0; i < 30; i++) {
+        host[i] = (char)(i + 1);
+    }
+    CUDA_MEMCPY2D up = {.srcMemoryType = CU_MEMORYTYPE_HOST,
+                        .srcHost = host,
+                        .srcPitch = 10,
+                        .srcXInBytes = 1,
+                        .dstMemoryType = CU_MEMORYTYPE_DEVICE,
+                        .dstDevice = memory,
+                        .dstPitch = 100,
+                        .dstY = 1,
+                        .WidthInBytes = 4,
+                        .Height = 3};
+    OK(CALL(cuMemcpy2DAsync_v2)(&up, stream));
+    OK(CALL(cuStreamSynchronize)(stream));
+    EQ(peek_byte(memory + 99), 0);
+    EQ(peek_byte(memory + 100), 2);
+    EQ(peek_byte(memory + 103), 5);
+    EQ(peek_byte(memory + 104), 0);
+    EQ(peek_byte(memory + 300), 22);
+    EQ(peek_byte(memory + 400), 0);
+
+    /* Into pageable memory it is done when the call returns. */
+    CUDA_MEMCPY2D down = {.srcMemoryType = CU_MEMORYTYPE_DEVICE,
+                          .srcDevice = memory + 100,
+                          .srcPitch = 100,
+                          .dstMemoryType = CU_MEMORYTYPE_HOST,
+                          .dstHost = back_again,
+                          .dstPitch = 5,
+                          .WidthInBytes = 4,
+                          .Height = 3};
+    OK(CALL(cuMemcpy2DAsync_v2)(&down, stream));
+    EQ(back_again[0], 2);
+    EQ(back_again[4], 0);
+    EQ(back_again[10], 22);
+    EQ(back_again[13], 25);
+    EQ(back_again[14], 0);
+
+    /* Refused as a whole. */
+    up.WidthInBytes = 10;
+    EQ(CALL(cuMemcpy2DAsync_v2)(&up, stream), CUDA_ERROR_INVALID_VALUE);
+    up.WidthInBytes = 4;
+    up.srcMemoryType = CU_MEMORYTYPE_DEVICE;
+    up.srcDevice = 0x1000;
+    EQ(CALL(cuMemcpy2DAsync_v2)(&up, stream), CUDA_ERROR_INVALID_VALUE);
+    up.srcMemoryType = CU_MEMORYTYPE_HOST;
+    up.srcHost = host + MiB - 13; /* the second row leaves the registration */
+    up.dstY = 5;
+    EQ(CALL(cuMemcpy2DAsync_v2)(&up, stream), CUDA_ERROR_INVALID_VALUE);
+    OK(CALL(cuStreamSynchronize)(stream));
+    EQ(peek_byte(memory + 500), 0);
+    up.srcHost = host;
+    EQ(CALL(cuMemcpy2DAsync_v2)(&up, (CUstream)77), CUDA_ERROR_INVALID_HANDLE);
+    up.Height = 0;
+    OK(CALL(cuMemcpy2DAsync_v2)(&up, stream));
+
+    OK(CALL(cuMemHostUnregister)(host));
+    munmap(host, MiB);
+    munmap(back_again, MiB);
+    OK(CALL(cuStreamDestroy_v2)(stream));
+    release(memory, BLOCK);
+    nothing_left(0);
+}
+
 /* ---- Faults ---- */
 
 static void test_faults(void) {
@@ -1211,6 +1385,8 @@ static const struct group {
     {"peers", test_peers, NULL},
     {"capture", test_capture, NULL},
     {"kernels", test_kernels, NULL},
+    {"models", test_models, NULL},
+    {"pitched", test_pitched, NULL},
     {"faults", test_faults, NULL},
     {"environment", test_faults_from_environment, NULL},
     {"fork", test_fork, NULL},

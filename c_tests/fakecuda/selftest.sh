@@ -27,7 +27,7 @@ run() {
     fi
 }
 
-groups=(basics vmm plain host copies legacy illegal capture kernels faults fork processes threads)
+groups=(basics vmm plain host copies legacy illegal capture kernels models pitched faults fork processes threads)
 prefix=()
 for group in "${groups[@]}"; do
     run plain -- full "$group"
@@ -45,7 +45,7 @@ run absent -- older absent cuMemRetainAllocationHandle
 
 if [ "${1:-}" = --valgrind ] && command -v valgrind >/dev/null; then
     prefix=(valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite --child-silent-after-fork=yes)
-    for group in basics plain host legacy capture kernels faults; do
+    for group in basics plain host legacy capture kernels models pitched faults; do
         run valgrind -- full "$group"
     done
 fi

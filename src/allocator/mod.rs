@@ -9,6 +9,7 @@
 mod options;
 mod outcome;
 mod pause;
+mod pinned;
 pub mod region;
 mod residue;
 mod resume;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{BackupBackend, Discard, LoadItem, StoreItem, Ticket, own};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::staging::{self, Sink, Source};
-use crate::transfer::{Control, Engine, Span, pages, streaming};
+use crate::transfer::{Control, Engine, Span, pages};
 
 pub struct MmapBackend;
 
@@ -69,10 +69,17 @@ impl Places {
 }
 
 impl Sink for Places {
+    fn prepare(&self, index: usize, offset: u64, length: usize) -> Result<()> {
+        let place = self.place(index, offset, length)?;
+        // A copy into pages that are not there would do as well, and as fast, but the end of the
+        // memory would be a signal instead of an error.
+        pages::populate(place as usize, length)
+    }
+
     fn write(&self, index: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         let place = self.place(index, offset, bytes.len())?;
         // SAFETY: in bounds; pieces do not overlap each other or the staging slot.
-        unsafe { streaming::copy(bytes.as_ptr(), place, bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len()) };
         Ok(())
     }
 }

@@ -4,8 +4,8 @@
 //!
 //! # Definition
 //!
-//! A block is read as little-endian words of 32 bits, after zero bytes up to a multiple of
-//! [`STEP`]. Each of two independent lanes turns it into a number below p = 2^61 - 1:
+//! A block is followed by zero bytes up to whole steps of 16 KiB and read as little-endian words of
+//! 32 bits. Each of two independent lanes turns it into a number below p = 2^61 - 1:
 //!
 //! 1. A step is cut into 256 chunks of 16 words, so that 32 neighbouring threads read 512
 //!    neighbouring bytes: chunk t of a step, t = 32 w + l, consists of the four vectors of 16 bytes

@@ -180,8 +180,8 @@ pub unsafe extern "C" fn tms_memcpy_async(
     unsafe { copy_async(engine, piece(dst, src, bytes), Way::Any, op) }
 }
 
-/// tms_memcpy from host memory to memory of a device: src must be host memory, dst memory of a device; managed memory
-/// may stand for either.
+/// tms_memcpy from host memory to memory of a device: src must be host memory, dst memory of a
+/// device; managed memory may stand for either.
 ///
 /// Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
 /// memory of the other kind.
@@ -226,8 +226,8 @@ pub unsafe extern "C" fn tms_memcpy_h2d_async(
     unsafe { copy_async(engine, piece(dst, src, bytes), Way::ToDevice, op) }
 }
 
-/// tms_memcpy from memory of a device to host memory: src must be memory of a device, dst host memory; managed memory
-/// may stand for either.
+/// tms_memcpy from memory of a device to host memory: src must be memory of a device, dst host
+/// memory; managed memory may stand for either.
 ///
 /// Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
 /// memory of the other kind.
@@ -272,8 +272,8 @@ pub unsafe extern "C" fn tms_memcpy_d2h_async(
     unsafe { copy_async(engine, piece(dst, src, bytes), Way::ToHost, op) }
 }
 
-/// tms_memcpy from memory of a device to memory of the same or another device: both must be memory of devices; managed memory
-/// may stand for either.
+/// tms_memcpy from memory of a device to memory of the same or another device: both must be memory
+/// of devices; managed memory may stand for either.
 ///
 /// Parameters and errors as for tms_memcpy; also TMS_ERR_INVALID_ARGUMENT naming the side that is
 /// memory of the other kind.

@@ -44,7 +44,8 @@ pub struct tms_device_info_t {
     pub peer_count: u32,
     /// Name of the device, cut if longer.
     pub name: [c_char; 128],
-    /// Driver functions that are missing, separated by commas; the features that need them are off.
+    /// Driver functions that are missing, and "kernels" where those of this library cannot run,
+    /// separated by commas; the features that need them are off.
     pub missing: [c_char; 256],
 }
 

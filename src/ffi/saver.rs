@@ -29,7 +29,7 @@ pub struct tms_saver_t {
 }
 
 impl tms_saver_t {
-    fn saver(&self) -> Result<Saver> {
+    pub(super) fn saver(&self) -> Result<Saver> {
         // In a child the locks may be held by threads that do not exist there.
         if process::forked() {
             process::check()?;

@@ -12,7 +12,6 @@ mod limits;
 pub(crate) mod pages;
 mod ring;
 pub mod staging;
-pub(crate) mod streaming;
 mod streams;
 mod workers;
 
@@ -34,17 +33,15 @@ pub use crate::op::Control;
 /// otherwise.
 const DEFAULT_KEEP: u64 = 16 << 30;
 
-/// Staging memory of an engine that was not told otherwise: two slots for each of its threads.
-const DEFAULT_STAGING: u64 = 64 << 20;
-
 /// How an engine is made; zeros mean the defaults.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EngineOptions {
-    /// Threads that copy, populate and pin: at most the cores (half of them on the host device,
-    /// which has threads of its own) and at most 16, which is also the default.
+    /// Threads that copy, populate and pin: at most the cores, and at most 16. The default is as
+    /// many as that (half on the host device, which has threads of its own).
     pub threads: u32,
     /// Pinned memory that bytes pass through on their way to and from pageable memory, files and
-    /// stores; rounded up to whole slots of 2 MiB, at least two. It is taken when first needed.
+    /// stores; in whole slots of 4 MiB, at least two. The default is two for each thread. It is
+    /// taken when first needed.
     pub staging_bytes: u64,
 }
 
@@ -64,7 +61,7 @@ pub struct Engine {
     /// Streams by ordinal; never held across a device call.
     streams: Mutex<Vec<Option<Arc<Streams>>>>,
     ring: Mutex<Option<Arc<staging::Ring>>>,
-    staging_bytes: u64,
+    staging_bytes: usize,
     /// What explicit copies know and hold, see [`copy::Copier`].
     copies: copy::State,
     /// Memory that a device may still use, because it could not be asked whether it is done.
@@ -96,6 +93,7 @@ impl Drop for Engine {
 }
 
 impl Engine {
+    /// See [`Self::with_options`].
     pub fn new(platform: Arc<dyn Platform>) -> Result<Engine> {
         Engine::with_options(platform, EngineOptions::default())
     }
@@ -106,25 +104,26 @@ impl Engine {
         let keep = config::size_from_environment("TMS_PINNED_KEEP")?.unwrap_or(DEFAULT_KEEP);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         // The host device has threads of its own; together they stay below the number of cores.
-        let threads = match platform.kind() {
-            DeviceKind::Cuda => cores,
-            DeviceKind::Host => cores.div_ceil(2),
-        };
-        let threads = match options.threads {
-            0 => threads,
-            wanted => threads.min(wanted as usize),
+        let threads = match (options.threads, platform.kind()) {
+            (0, DeviceKind::Cuda) => cores,
+            (0, DeviceKind::Host) => cores.div_ceil(2),
+            (wanted, _) => cores.min(wanted as usize),
         };
         let workers = Arc::new(Workers::new(threads));
+        let staging_bytes = match options.staging_bytes {
+            0 => workers.most() * staging::DEPTH * staging::PIECE,
+            bytes => usize::try_from(bytes)
+                .ok()
+                .filter(|&bytes| bytes <= isize::MAX as usize)
+                .ok_or_else(|| Error::invalid("staging_bytes", "does not fit the address space"))?,
+        };
         Ok(Engine {
             arena: Arena::new(Arc::clone(&workers), limit, keep),
             workers,
             platform,
             streams: Mutex::default(),
             ring: Mutex::default(),
-            staging_bytes: match options.staging_bytes {
-                0 => DEFAULT_STAGING,
-                bytes => bytes,
-            },
+            staging_bytes,
             copies: copy::State::default(),
             quarantine: Mutex::default(),
         })
@@ -175,11 +174,7 @@ impl Engine {
         if let Some(existing) = &*ring {
             return Ok(Arc::clone(existing));
         }
-        let bytes = usize::try_from(self.staging_bytes)
-            .ok()
-            .filter(|&bytes| bytes <= isize::MAX as usize)
-            .ok_or_else(|| Error::invalid("staging_bytes", "does not fit the address space"))?;
-        let created = Arc::new(staging::Ring::new(&self.arena, device, bytes)?);
+        let created = Arc::new(staging::Ring::new(&self.arena, device, self.staging_bytes)?);
         *ring = Some(Arc::clone(&created));
         Ok(created)
     }

@@ -9,9 +9,9 @@ use super::streams::{PooledEvent, Settled, Streams};
 use crate::device::{Address, Device, Direction, Event};
 use crate::error::{Result, ResultExt};
 
-/// Bytes of a slot, which move at once: enough for the speed of the bus, and few enough that a
-/// thread finds in the cache what the bus has just brought.
-pub const PIECE: usize = 2 << 20;
+/// Bytes of a slot, which move at once. Measured on an H200 with 8 to 16 threads, either way: 48
+/// GB/s with 1 MiB, 51.5 with 2, 53.2 with 4, 53.7 with 8.
+pub const PIECE: usize = 4 << 20;
 
 struct Slots {
     free: Vec<usize>,
@@ -29,6 +29,10 @@ struct Leaving {
 }
 
 impl Leaving {
+    fn has_passed(&self) -> bool {
+        matches!(self.streams.device.event_query(self.event), Ok(true))
+    }
+
     /// Waits; gives back the index and, where the device did not answer, that device.
     fn wait(self) -> (usize, Option<Arc<dyn Device>>) {
         let passed = self.streams.device.event_synchronize(self.event);
@@ -79,16 +83,13 @@ impl Ring {
 
     /// Whether no device can be working on a slot that nobody holds.
     pub fn is_settled(&self) -> bool {
-        let leaving = std::mem::take(&mut lock(&self.slots).leaving);
-        let unsettled: Vec<_> = leaving
-            .into_iter()
-            .filter_map(|slot| {
-                let (index, unsettled) = slot.wait();
-                Some((index, unsettled?))
-            })
-            .collect();
         let mut slots = lock(&self.slots);
-        slots.abandoned.extend(unsettled);
+        for leaving in std::mem::take(&mut slots.leaving) {
+            let (index, unsettled) = leaving.wait();
+            slots
+                .abandoned
+                .extend(unsettled.map(|device| (index, device)));
+        }
         slots
             .abandoned
             .iter()
@@ -97,11 +98,25 @@ impl Ring {
 
     /// A slot, if one is free now.
     pub fn try_acquire(self: &Arc<Self>) -> Option<Slot> {
-        let index = lock(&self.slots).free.pop()?;
-        Some(self.slot(index))
+        let oldest = {
+            let mut slots = lock(&self.slots);
+            if let Some(index) = slots.free.pop() {
+                return Some(self.slot(index));
+            }
+            slots.leaving.pop_front()?
+        };
+        if oldest.has_passed() {
+            oldest.streams.give_event(oldest.event);
+            return Some(self.slot(oldest.index));
+        }
+        lock(&self.slots).leaving.push_front(oldest);
+        // Somebody may have come meanwhile, and waits for others to give slots back.
+        self.changed.notify_one();
+        None
     }
 
-    /// Waits for a free slot. Whoever holds one must not wait for another.
+    /// Waits for a free slot. Not for jobs of the workers, because jobs that hold slots may be
+    /// queued behind them, nor for whoever holds a slot already.
     pub fn acquire(self: &Arc<Self>) -> Result<Slot> {
         let mut slots = lock(&self.slots);
         loop {

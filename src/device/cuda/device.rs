@@ -12,7 +12,7 @@ use cudarc::driver::sys::{CUdevice, CUdevice_attribute as Attribute};
 use super::super::fingerprint::{Block, Key, Print};
 use super::super::{
     Address, CreateOptions, Device, DeviceInfo, DeviceKind, Direction, Event, MemoryUse, Physical,
-    Piece, Pitched, Stream, check_blocks, check_not_legacy, check_peer, check_pointer,
+    Piece, Pitched, Stream, check,
 };
 use super::code::{INVALID_VALUE, NOT_SUPPORTED};
 use super::context::{Current, PrimaryContext, RelaxedCapture};
@@ -76,7 +76,7 @@ impl CudaDevice {
         let maps_host = probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY)?;
         let reaches_host = maps_host
             && probe.has(Attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM)?;
-        let kernels = load_kernels(&context, ordinal, reaches_host);
+        let kernels = Kernels::open(&context, ordinal, reaches_host);
         Ok(CudaDevice {
             driver,
             peers: (0..count).map(|_| OnceLock::new()).collect(),
@@ -103,7 +103,7 @@ impl CudaDevice {
 
     /// The primary context of another device, which stays retained as long as this one's.
     fn peer(&self, ordinal: u32) -> Result<&PrimaryContext> {
-        check_peer(&self.info, ordinal)?;
+        check::peer(&self.info, ordinal)?;
         let slot = &self.peers[ordinal as usize];
         if let Some(context) = slot.get() {
             return Ok(context);
@@ -192,21 +192,6 @@ impl CudaDevice {
                 self.info.ordinal,
                 driver.describe(code)
             );
-        }
-    }
-}
-
-/// Kernels are a faster way, not the only one: a device opens without them.
-fn load_kernels(context: &PrimaryContext, ordinal: u32, reaches_host: bool) -> Option<Kernels> {
-    if !reaches_host {
-        tracing::info!("device {ordinal}: kernels cannot use pinned host memory; they are off");
-        return None;
-    }
-    match context.run(Kernels::load) {
-        Ok(kernels) => Some(kernels),
-        Err(error) => {
-            tracing::warn!("device {ordinal}: no kernels, copies and checks go without: {error}");
-            None
         }
     }
 }
@@ -412,8 +397,8 @@ impl Device for CudaDevice {
         blocks: u32,
         stream: Stream,
     ) -> Result<()> {
-        check_pointer("list", list, count)?;
-        check_blocks(blocks)?;
+        check::pointer("list", list, count)?;
+        check::blocks(blocks)?;
         let kernels = self.kernels()?;
         self.run(|driver| {
             if count == 0 {
@@ -430,7 +415,7 @@ impl Device for CudaDevice {
         _direction: Direction,
         stream: Stream,
     ) -> Result<()> {
-        check_not_legacy(stream)?;
+        check::not_legacy(stream)?;
         // SAFETY: the caller's contract is the same.
         self.run(|driver| unsafe { copies::batch(driver, pieces, stream) })
     }
@@ -482,8 +467,8 @@ impl Device for CudaDevice {
         count: u32,
         stream: Stream,
     ) -> Result<()> {
-        check_pointer("blocks", blocks, count)?;
-        check_pointer("prints", prints, count)?;
+        check::pointer("blocks", blocks, count)?;
+        check::pointer("prints", prints, count)?;
         let kernels = self.kernels()?;
         self.run(|driver| {
             if count == 0 {

@@ -11,7 +11,7 @@ use cudarc::driver::sys::{CUfunction, CUmodule};
 use super::super::fingerprint::{Block, Key, Print};
 use super::super::{Piece, Stream};
 use super::code::SUCCESS;
-use super::context::Current;
+use super::context::{Current, PrimaryContext};
 use super::stream;
 use crate::error::Result;
 
@@ -111,7 +111,23 @@ impl Kernel {
 }
 
 impl Kernels {
-    pub(super) fn load(driver: &Current) -> Result<Kernels> {
+    /// `None` where they cannot run: they are a faster way, not the only one.
+    pub(super) fn open(
+        context: &PrimaryContext,
+        ordinal: u32,
+        reaches_host: bool,
+    ) -> Option<Kernels> {
+        if !reaches_host {
+            tracing::info!("device {ordinal}: kernels cannot use pinned memory; they are off");
+            return None;
+        }
+        let loaded = context.run(Kernels::load).inspect_err(|error| {
+            tracing::warn!("device {ordinal}: copies and checks go without kernels: {error}");
+        });
+        loaded.ok()
+    }
+
+    fn load(driver: &Current) -> Result<Kernels> {
         let copy = Kernel::load(driver, COPY)?;
         let fingerprint = Kernel::load(driver, FINGERPRINT).inspect_err(|_| copy.unload(driver))?;
         Ok(Kernels { copy, fingerprint })

@@ -10,17 +10,18 @@ mod os;
 mod pieces;
 mod streams;
 mod tables;
+mod work;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use self::memory::{GRANULARITY, Memory};
-use self::streams::{Streams, Work};
+use self::streams::Streams;
+use self::work::Work;
 use super::fingerprint::{Block, Key, Print};
 use super::{
     Address, CreateOptions, Device, DeviceInfo, DeviceKind, Direction, Event, MemoryRange,
-    MemoryUse, Physical, Piece, Pitched, Platform, Stream, check_blocks, check_not_legacy,
-    check_peer, check_pointer,
+    MemoryUse, Physical, Piece, Pitched, Platform, Stream, check,
 };
 use crate::config;
 use crate::error::{Error, Result};
@@ -322,8 +323,8 @@ impl Device for HostDevice {
         blocks: u32,
         stream: Stream,
     ) -> Result<()> {
-        check_pointer("list", list, count)?;
-        check_blocks(blocks)?;
+        check::pointer("list", list, count)?;
+        check::blocks(blocks)?;
         self.submit(stream, count == 0, |_| {
             Ok(Work::Pieces {
                 list: list.expose_provenance() as u64,
@@ -338,7 +339,7 @@ impl Device for HostDevice {
         direction: Direction,
         stream: Stream,
     ) -> Result<()> {
-        check_not_legacy(stream)?;
+        check::not_legacy(stream)?;
         self.submit(stream, pieces.is_empty(), |memory| {
             memory.check_batch(pieces, direction)?;
             Ok(Work::Batch {
@@ -371,7 +372,7 @@ impl Device for HostDevice {
         bytes: u64,
         stream: Stream,
     ) -> Result<()> {
-        check_peer(&self.info, peer)?;
+        check::peer(&self.info, peer)?;
         self.submit(stream, bytes == 0, |memory| {
             memory.check_copy(destination, source, bytes, Direction::OnDevice)?;
             let piece = Piece {
@@ -391,8 +392,8 @@ impl Device for HostDevice {
         count: u32,
         stream: Stream,
     ) -> Result<()> {
-        check_pointer("blocks", blocks, count)?;
-        check_pointer("prints", prints, count)?;
+        check::pointer("blocks", blocks, count)?;
+        check::pointer("prints", prints, count)?;
         self.submit(stream, count == 0, |_| {
             Ok(Work::Fingerprint {
                 key: Box::new(key.clone()),

@@ -35,13 +35,15 @@ impl Memory {
         Ok(())
     }
 
-    /// Copies as the driver does: each piece like a copy of its own.
+    /// Copies as the driver does: each piece like a copy of its own. `name` is what an error calls
+    /// them.
     ///
     /// # Safety
     /// As for [`Memory::copy`], for each piece.
     pub(super) unsafe fn copy_each(
         &self,
         device: u32,
+        name: &str,
         pieces: impl Iterator<Item = Piece>,
         direction: Direction,
         stop: &AtomicBool,
@@ -56,7 +58,7 @@ impl Memory {
                 } = piece;
                 self.copy(device, destination, source, bytes, direction, stop)
             };
-            copied.context(|| format!("pieces[{at}]"))?;
+            copied.context(|| format!("{name}[{at}]"))?;
         }
         Ok(())
     }

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use super::memory::Memory;
 use super::os;
-use crate::device::fingerprint::Key;
-use crate::device::{Address, Direction, Event, Piece, Pitched, Stream};
+use super::work::Work;
+use crate::device::{Event, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process;
 
@@ -31,56 +31,6 @@ const DEFAULTS: std::ops::RangeInclusive<u64> = 1..=2;
 
 /// Their queues' numbers begin here, beyond all others.
 const FIRST_DEFAULT: u64 = 1 << 63;
-
-/// One piece of queued work.
-#[derive(Clone, Debug)]
-pub(super) enum Work {
-    Copy {
-        destination: u64,
-        source: u64,
-        bytes: u64,
-        direction: Direction,
-    },
-    /// Each piece like a copy.
-    Batch {
-        pieces: Vec<Piece>,
-        direction: Direction,
-    },
-    Pitched {
-        copy: Pitched,
-        direction: Direction,
-    },
-    ToPeer {
-        piece: Piece,
-        peer: u32,
-    },
-    /// In the place of the copy kernel; `list` is an address.
-    Pieces {
-        list: u64,
-        count: u32,
-    },
-    /// In the place of the fingerprint kernel; `blocks` and `prints` are addresses.
-    Fingerprint {
-        key: Box<Key>,
-        blocks: u64,
-        prints: u64,
-        count: u32,
-    },
-    Fill {
-        address: Address,
-        value: u8,
-        bytes: u64,
-    },
-    /// Fires the record of this number.
-    Record {
-        event: u64,
-        record: u64,
-    },
-    /// Goes on once the record of this number has fired.
-    Wait {
-        record: u64,
-    },
-}
 
 /// An error of asynchronous work, which is reported more than once.
 #[derive(Clone, Debug)]
@@ -407,7 +357,7 @@ impl Streams {
                 continue;
             };
             drop(state);
-            let result = self.perform(device, &work);
+            let result = work.perform(device, &self.memory, &self.stop);
             state = self.lock();
             if let Err(error) = result {
                 state.fail(stream, &work, &error);
@@ -419,47 +369,6 @@ impl Streams {
                 warn_of(unseen);
                 state = self.lock();
             }
-        }
-    }
-
-    fn perform(&self, device: u32, work: &Work) -> Result<()> {
-        let (memory, stop) = (&self.memory, &self.stop);
-        match *work {
-            Work::Copy {
-                destination,
-                source,
-                bytes,
-                direction,
-                // SAFETY: whoever queued the copy vouched for its host side until the stream has
-                // passed it.
-            } => unsafe { memory.copy(device, destination, source, bytes, direction, stop) },
-            Work::Batch {
-                ref pieces,
-                direction,
-                // SAFETY: as for a copy.
-            } => unsafe { memory.copy_each(device, pieces.iter().copied(), direction, stop) },
-            Work::Pitched { copy, direction } => {
-                // SAFETY: as for a copy.
-                unsafe { memory.copy_each(device, copy.rows(), direction, stop) }
-            }
-            Work::ToPeer { piece, peer } => memory.copy_to_peer(device, piece, peer, stop),
-            // SAFETY: as for a copy; the list is host memory, too.
-            Work::Pieces { list, count } => unsafe {
-                memory.copy_pieces(device, list, count, stop)
-            },
-            Work::Fingerprint {
-                ref key,
-                blocks,
-                prints,
-                count,
-                // SAFETY: as for a copy; the lists are host memory, too.
-            } => unsafe { memory.fingerprint(device, key, blocks, prints, count, stop) },
-            Work::Fill {
-                address,
-                value,
-                bytes,
-            } => memory.fill(device, address, value, bytes, stop),
-            Work::Record { .. } | Work::Wait { .. } => Ok(()),
         }
     }
 
@@ -563,33 +472,12 @@ impl State {
     }
 
     fn fail(&mut self, stream: u64, work: &Work, error: &Error) {
-        let what = match work {
-            Work::Copy {
-                destination,
-                source,
-                bytes,
-                ..
-            } => format!("copy of {bytes} bytes from {source:#x} to {destination:#x}"),
-            Work::Batch { pieces, .. } => format!("batch of {} copies", pieces.len()),
-            Work::Pitched { copy, .. } => format!(
-                "copy of {} rows of {} bytes from {:#x} to {:#x}",
-                copy.height, copy.width, copy.source, copy.destination
-            ),
-            Work::ToPeer { piece, peer } => format!(
-                "copy of {} bytes from {:#x} to {:#x} of device {peer}",
-                piece.bytes, piece.source, piece.destination
-            ),
-            Work::Pieces { count, .. } => format!("copy of {count} pieces"),
-            Work::Fingerprint { count, .. } => format!("fingerprints of {count} blocks"),
-            Work::Fill { address, bytes, .. } => format!("fill of {bytes} bytes at {address:#x}"),
-            Work::Record { .. } | Work::Wait { .. } => "event".to_owned(),
-        };
         let Some(queue) = self.streams.get_mut(&stream) else {
             return;
         };
         queue.failure.get_or_insert_with(|| Failure {
             kind: error.kind(),
-            message: format!("{what} on host device {}: {error}", queue.device),
+            message: format!("{work} on host device {}: {error}", queue.device),
         });
     }
 

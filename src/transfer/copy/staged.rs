@@ -1,12 +1,10 @@
 //! Pieces with a pageable side: packed into, or unpacked from, slots of the staging ring by several
 //! threads, while the bus works on other slots.
 //!
-//! Threads take loads from a common list and hold a slot only while they work on it: one that waits
-//! for a slot holds none, so slots always come free.
+//! The thread that calls waits for slots and gives each, with its load, to a job. Jobs never wait
+//! for slots, so those that hold one come to an end.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::Floor;
 use super::lane::Lane;
@@ -14,8 +12,8 @@ use super::plan::Item;
 use crate::device::{Event, Piece};
 use crate::error::Result;
 use crate::op::Control;
-use crate::transfer::staging::{PIECE, Ring, Slot};
-use crate::transfer::{Batch, Engine, Streams, streaming};
+use crate::transfer::staging::{PIECE, Slot};
+use crate::transfer::{Batch, Engine, Streams};
 
 /// A copy up to this size is done by the calling thread: handing it over would take longer.
 const ALONE: u64 = 512 << 10;
@@ -28,9 +26,6 @@ const ALIGNMENT: u64 = 16;
 
 /// Room at the end of a slot for the entry of a piece in a kernel's list.
 const ENTRY: u64 = size_of::<Piece>() as u64;
-
-/// Copies to the host that one thread has under way.
-const DEPTH: usize = 2;
 
 /// What several threads share of one call.
 #[derive(Clone)]
@@ -119,69 +114,78 @@ impl Iterator for Loads<'_> {
     }
 }
 
-/// The loads of one group, which threads take one after the other.
-struct Share {
-    work: Work,
-    loads: Vec<Load>,
-    next: AtomicUsize,
-    failed: AtomicBool,
+/// The items in loads of a size that gives every thread some.
+fn loads<'a>(work: &Work, items: &'a [Item], aligned: fn(&Item) -> u64) -> Loads<'a> {
+    let total: u64 = items.iter().map(|item| item.piece.bytes).sum();
+    // Two slots for each thread, where there is so much.
+    let share = total / (2 * work.engine.workers().most() as u64);
+    let most = share.next_multiple_of(LEAST).clamp(LEAST, PIECE as u64);
+    Loads {
+        items,
+        skip: 0,
+        most: if total <= ALONE { PIECE as u64 } else { most },
+        aligned,
+    }
 }
 
-impl Share {
-    fn new(work: &Work, items: &[Item], aligned: fn(&Item) -> u64) -> Share {
-        let total: u64 = items.iter().map(|item| item.piece.bytes).sum();
-        // Two slots for each thread, where there is so much.
-        let share = total / (2 * work.engine.workers().most() as u64);
-        let most = share.next_multiple_of(LEAST).clamp(LEAST, PIECE as u64);
-        let loads = Loads {
-            items,
-            skip: 0,
-            most: if total <= ALONE { PIECE as u64 } else { most },
-            aligned,
-        };
-        Share {
-            work: work.clone(),
-            loads: loads.collect(),
-            next: AtomicUsize::new(0),
-            failed: AtomicBool::new(false),
+/// Gives every load to `each`, until one fails. Nothing from the one that failed on is certain.
+fn each_load(
+    work: &Work,
+    loads: Loads<'_>,
+    mut each: impl FnMut(Load, bool) -> Result<()>,
+) -> Result<()> {
+    let mut loads = loads.peekable();
+    let mut first = true;
+    while let Some(load) = loads.next() {
+        let at = load.at();
+        if work.batch.failed() {
+            // The batch tells why.
+            work.floor.lower(at);
+            return Ok(());
         }
+        let alone = first && loads.peek().is_none();
+        first = false;
+        work.control
+            .check()
+            .and_then(|()| each(load, alone))
+            .inspect_err(|_| work.floor.lower(at))?;
     }
+    Ok(())
+}
 
-    /// Has `work` done by as many threads as are of use, or by this one. Each is to take loads
-    /// until there are none.
-    fn hand_out(self, job: impl Fn(&Share) -> Result<()> + Send + Sync + 'static) -> Result<()> {
-        let threads = self.work.engine.workers().most().min(self.loads.len());
-        if self.loads.len() == 1 {
-            return job(&self);
-        }
-        let batch = self.work.batch.clone();
-        let engine = Arc::clone(&self.work.engine);
-        let shared = Arc::new((self, job));
-        for _ in 0..threads {
-            let shared = Arc::clone(&shared);
-            batch.submit(engine.workers(), move || (shared.1)(&shared.0));
-        }
+/// Has `job` done by a thread, or, where that would take longer, by this one.
+fn hand_out(
+    work: &Work,
+    alone: bool,
+    load: Load,
+    job: impl FnOnce(&Work, &Load) -> Result<()> + Send + 'static,
+) -> Result<()> {
+    let inner = work.clone();
+    let job = move || {
+        job(&inner, &load).inspect_err(|_| inner.floor.lower(load.at()))?;
+        inner.control.advance(load.bytes);
         Ok(())
+    };
+    if alone {
+        return job();
     }
+    work.batch.submit(work.engine.workers(), job);
+    Ok(())
+}
 
-    /// The next load, `None` when there is none, or when another thread failed.
-    fn take(&self) -> Result<Option<&Load>> {
-        if self.failed.load(Ordering::Relaxed) {
-            return Ok(None);
-        }
-        let index = self.next.fetch_add(1, Ordering::Relaxed);
-        let Some(load) = self.loads.get(index) else {
-            return Ok(None);
-        };
-        self.work.control.check().inspect_err(|_| self.fail(load))?;
-        Ok(Some(load))
+/// Finds out the methods for a group of several items, before threads need them.
+fn choose(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<()> {
+    if items.len() < 2 {
+        return Ok(());
     }
+    lane.choose(&work.engine).inspect_err(|_| {
+        work.floor
+            .lower(items.first().map_or(u64::MAX, |item| item.at));
+    })
+}
 
-    /// Nothing from this load on is certain; those not taken yet all lie behind it.
-    fn fail(&self, load: &Load) {
-        self.work.floor.lower(load.at());
-        self.failed.store(true, Ordering::Relaxed);
-    }
+fn acquire(work: &Work, lane: &Lane) -> Result<Slot> {
+    work.engine.ring(lane.device())?.acquire()
 }
 
 /// Copies from pageable memory. When the jobs of the batch are done, the source was read and the
@@ -190,50 +194,27 @@ impl Share {
 /// # Safety
 /// Sources stay valid until the batch was waited for, destinations until the stream has passed.
 pub(super) unsafe fn to_device(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<()> {
-    let ring = prepare(work, lane, items)?;
-    let share = Share::new(work, items, |item| item.piece.destination);
+    choose(work, lane, items)?;
     if let Some(item) = items.first() {
         lane.begin(item.at);
     }
-    let template = lane.beside();
-    share.hand_out(move |share| {
-        while let Some(load) = share.take()? {
-            let mut lane = template.beside();
-            ring.acquire()
-                .and_then(|slot| {
-                    let staged = load.in_slot(&slot, |piece, place| piece.source = place);
-                    for ((item, _), staged) in load.parts.iter().zip(&staged) {
-                        let piece = &item.piece;
-                        // SAFETY: the source is valid by the function's contract; the slot is ours,
-                        // and a load fits into it.
-                        unsafe { copy_bytes(staged.piece.source, piece.source, piece.bytes) };
-                    }
-                    let room = Some(load.list_in(&slot));
-                    // SAFETY: the slot is pinned and leaves behind the copies; destinations by
-                    // contract.
-                    unsafe { queue_and_leave(&share.work, &mut lane, slot, room, &staged) }
-                })
-                .inspect_err(|_| share.fail(load))?;
-            share.work.control.advance(load.bytes);
-        }
-        Ok(())
-    })
-}
-
-/// What a group needs before threads work on it: staging memory, and methods for its sizes. When
-/// there is none, nothing of the items is certain.
-fn prepare(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<Arc<Ring>> {
-    let prepared = if items.len() > 1 {
-        lane.choose(&work.engine)
-    } else {
-        Ok(())
-    };
-    prepared
-        .and_then(|()| work.engine.ring(lane.device()))
-        .inspect_err(|_| {
-            work.floor
-                .lower(items.first().map_or(u64::MAX, |item| item.at));
+    let loads = loads(work, items, |item| item.piece.destination);
+    each_load(work, loads, |load, alone| {
+        let slot = acquire(work, lane)?;
+        let mut lane = lane.beside();
+        hand_out(work, alone, load, move |work, load| {
+            let staged = load.in_slot(&slot, |piece, place| piece.source = place);
+            for ((item, _), staged) in load.parts.iter().zip(&staged) {
+                let piece = &item.piece;
+                // SAFETY: the source is valid by the function's contract; the slot is ours, and a
+                // load fits into it.
+                unsafe { copy_bytes(staged.piece.source, piece.source, piece.bytes) };
+            }
+            let room = Some(load.list_in(&slot));
+            // SAFETY: the slot is pinned and leaves behind the copies; destinations by contract.
+            unsafe { queue_and_leave(work, &mut lane, slot, room, &staged) }
         })
+    })
 }
 
 /// Queues copies that use `slot`, which is free again when they are done.
@@ -284,37 +265,36 @@ unsafe fn queue_load(
 }
 
 /// A load on its way from the device.
-struct Flight<'a> {
-    load: &'a Load,
+struct Flight {
     staged: Vec<Item>,
     streams: Arc<Streams>,
     event: Event,
-    /// `None` once it has landed.
-    slot: Option<Slot>,
+    slot: Slot,
+    landed: bool,
 }
 
-impl Drop for Flight<'_> {
+impl Drop for Flight {
     fn drop(&mut self) {
-        if let Some(slot) = &mut self.slot {
-            slot.abandon(&self.streams.device);
+        if !self.landed {
+            self.slot.abandon(&self.streams.device);
         }
         self.streams.give_event(self.event);
     }
 }
 
-impl<'a> Flight<'a> {
+impl Flight {
     /// # Safety
     /// As for [`Lane::queue`].
-    unsafe fn start(work: &Work, lane: &mut Lane, mut slot: Slot, load: &'a Load) -> Result<Self> {
+    unsafe fn start(work: &Work, lane: &mut Lane, mut slot: Slot, load: &Load) -> Result<Flight> {
         let staged = load.in_slot(&slot, |piece, place| piece.destination = place);
         // SAFETY: by this function's contract; the slot is waited for, or abandoned.
         match unsafe { queue_load(work, lane, Some(load.list_in(&slot)), &staged) } {
             Ok(event) => Ok(Flight {
-                load,
                 staged,
                 streams: Arc::clone(&lane.streams),
                 event,
-                slot: Some(slot),
+                slot,
+                landed: false,
             }),
             Err(error) => {
                 slot.abandon(lane.device());
@@ -323,19 +303,20 @@ impl<'a> Flight<'a> {
         }
     }
 
-    /// Waits, puts the bytes where they belong, and gives the slot back.
+    /// Waits, and puts the bytes where they belong.
     ///
     /// # Safety
     /// The destinations are valid.
-    unsafe fn land(mut self) -> Result<Option<Slot>> {
+    unsafe fn land(mut self, load: &Load) -> Result<()> {
         self.streams.device.event_synchronize(self.event)?;
-        for ((item, _), staged) in self.load.parts.iter().zip(&self.staged) {
+        self.landed = true;
+        for ((item, _), staged) in load.parts.iter().zip(&self.staged) {
             let piece = &item.piece;
             // SAFETY: by this function's contract; the slot is ours, and no copy writes to it any
             // more.
             unsafe { copy_bytes(piece.destination, staged.piece.destination, piece.bytes) };
         }
-        Ok(self.slot.take())
+        Ok(())
     }
 }
 
@@ -344,57 +325,16 @@ impl<'a> Flight<'a> {
 /// # Safety
 /// Both sides stay valid until the batch was waited for.
 pub(super) unsafe fn to_host(work: &Work, lane: &mut Lane, items: &[Item]) -> Result<()> {
-    let ring = prepare(work, lane, items)?;
-    let share = Share::new(work, items, |item| item.piece.source);
-    let template = lane.beside();
-    share.hand_out(move |share| {
-        let mut flights: VecDeque<Flight<'_>> = VecDeque::new();
-        let land = |flight: Flight<'_>| {
-            let load = flight.load;
-            // SAFETY: by the function's contract.
-            let landed = unsafe { flight.land() };
-            match &landed {
-                Ok(_) => share.work.control.advance(load.bytes),
-                Err(_) => share.fail(load),
-            }
-            landed
-        };
-        let mut outcome = Ok(());
-        while outcome.is_ok() {
-            let load = match share.take() {
-                Ok(Some(load)) => load,
-                Ok(None) => break,
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
-                }
-            };
-            let free = match flights.len() {
-                DEPTH => None,
-                _ => ring.try_acquire(),
-            };
-            let slot = match free {
-                Some(slot) => Ok(Some(slot)),
-                None => flights.pop_front().map_or(Ok(None), land),
-            };
-            let mut lane = template.beside();
-            let started = slot
-                .and_then(|slot| slot.map_or_else(|| ring.acquire(), Ok))
-                // SAFETY: by the function's contract.
-                .and_then(|slot| unsafe { Flight::start(&share.work, &mut lane, slot, load) });
-            match started {
-                Ok(flight) => flights.push_back(flight),
-                Err(error) => {
-                    share.fail(load);
-                    outcome = Err(error);
-                }
-            }
-        }
-        // What is under way is needed in any case: bytes before a failure are certain.
-        for flight in flights {
-            outcome = outcome.and(land(flight).map(drop));
-        }
-        outcome
+    choose(work, lane, items)?;
+    let loads = loads(work, items, |item| item.piece.source);
+    each_load(work, loads, |load, alone| {
+        let slot = acquire(work, lane)?;
+        // SAFETY: by the function's contract.
+        let flight = unsafe { Flight::start(work, &mut lane.beside(), slot, &load) }?;
+        // SAFETY: as above.
+        hand_out(work, alone, load, move |_, load| unsafe {
+            flight.land(load)
+        })
     })
 }
 
@@ -409,39 +349,36 @@ pub(super) unsafe fn between_devices(
     items: &[Item],
 ) -> Result<()> {
     let (from, to) = lanes;
-    let ring = prepare(work, from, items)?;
-    prepare(work, to, items)?;
+    choose(work, from, items)?;
+    choose(work, to, items)?;
     if let Some(item) = items.first() {
         to.begin(item.at);
     }
-    let share = Share::new(work, items, |item| item.piece.source);
-    while let Some(load) = share.take()? {
+    let loads = loads(work, items, |item| item.piece.source);
+    each_load(work, loads, |load, _| {
+        let mut slot = acquire(work, from)?;
         let (mut from, mut to) = (from.beside(), to.beside());
-        ring.acquire()
-            .and_then(|mut slot| {
-                let into = load.in_slot(&slot, |piece, place| piece.destination = place);
-                let out_of = load.in_slot(&slot, |piece, place| piece.source = place);
-                // SAFETY: the source by this function's contract; the slot leaves behind the second
-                // copy, or is abandoned.
-                let room = Some(load.list_in(&slot));
-                let queued = unsafe { queue_load(work, &mut from, room, &into) };
-                let followed = queued.and_then(|event| {
-                    let followed = to.device().stream_wait(to.stream, event);
-                    from.streams.give_event(event);
-                    followed
-                });
-                if let Err(error) = followed {
-                    slot.abandon(from.device());
-                    return Err(error);
-                }
-                // The room is taken; this thread may wait for other.
-                // SAFETY: as above, for the destination.
-                unsafe { queue_and_leave(work, &mut to, slot, None, &out_of) }
-            })
-            .inspect_err(|_| share.fail(load))?;
+        let into = load.in_slot(&slot, |piece, place| piece.destination = place);
+        let out_of = load.in_slot(&slot, |piece, place| piece.source = place);
+        let room = Some(load.list_in(&slot));
+        // SAFETY: the source by this function's contract; the slot leaves behind the second copy,
+        // or is abandoned.
+        let queued = unsafe { queue_load(work, &mut from, room, &into) };
+        let followed = queued.and_then(|event| {
+            let followed = to.device().stream_wait(to.stream, event);
+            from.streams.give_event(event);
+            followed
+        });
+        if let Err(error) = followed {
+            slot.abandon(from.device());
+            return Err(error);
+        }
+        // The room is taken; this thread may wait for other.
+        // SAFETY: as above, for the destination.
+        unsafe { queue_and_leave(work, &mut to, slot, None, &out_of) }?;
         work.control.advance(load.bytes);
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Copies between places in host memory. Done when the batch is.
@@ -449,16 +386,15 @@ pub(super) unsafe fn between_devices(
 /// # Safety
 /// Both sides stay valid until the batch was waited for.
 pub(super) unsafe fn on_host(work: &Work, items: &[Item]) -> Result<()> {
-    Share::new(work, items, |_| 0).hand_out(|share| {
-        while let Some(load) = share.take()? {
+    each_load(work, loads(work, items, |_| 0), |load, alone| {
+        hand_out(work, alone, load, |_, load| {
             for (item, _) in &load.parts {
                 let piece = &item.piece;
                 // SAFETY: by the function's contract.
                 unsafe { copy_bytes(piece.destination, piece.source, piece.bytes) };
             }
-            share.work.control.advance(load.bytes);
-        }
-        Ok(())
+            Ok(())
+        })
     })
 }
 
@@ -468,7 +404,7 @@ unsafe fn copy_bytes(destination: u64, source: u64, bytes: u64) {
     let from = std::ptr::with_exposed_provenance::<u8>(source as usize);
     let to = std::ptr::with_exposed_provenance_mut::<u8>(destination as usize);
     // SAFETY: by this function's contract.
-    unsafe { streaming::copy(from, to, bytes as usize) };
+    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes as usize) };
 }
 
 #[cfg(test)]

@@ -79,7 +79,7 @@ static __device__ uint4 load_end(const uint4 *from, long long left) {
 #pragma unroll
     for (unsigned at = 0; at < 16; at++) {
         if (at < left) {
-            unsigned byte = reinterpret_cast<const unsigned char *>(from)[at];
+            unsigned byte = __ldcs(reinterpret_cast<const unsigned char *>(from) + at);
             words[at / 4] |= byte << at % 4 * 8;
         }
     }

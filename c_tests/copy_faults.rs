@@ -1,0 +1,394 @@
+//! Every driver call of a copy fails once, with out-of-memory and with a code that nobody knows; then
+//! several in a row. After each: a status, every byte that is said to be certain is there, the same
+//! copy succeeds when repeated, and nothing is leaked. Needs the software driver with two devices
+//! (`TMS_TEST_CUDA=1`, `FAKECUDA_DEVICES=2`).
+
+mod support;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use support::{FakeCuda, pattern};
+use tms_memcache::device::{self, Device, Piece, Pitched, Stream};
+use tms_memcache::{Copier, ErrorKind, Region, Result, Saver, Way};
+
+const OUT_OF_MEMORY: i32 = 2;
+const UNKNOWN: i32 = 12_345;
+const MIB: usize = 1 << 20;
+const BYTES: usize = 4 * MIB;
+
+/// Faults are the process's, so the tests of this program take turns.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A table that has one method for everything.
+fn table(method: &str) -> String {
+    let mut text = String::new();
+    for direction in ["h2d", "d2h", "d2d"] {
+        for class in ["4096", "16384", "65536", "262144", "1048576", "max"] {
+            text += &format!("{direction}:{class}={method},");
+        }
+    }
+    text
+}
+
+/// Where bytes come from or go to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    Device(u32),
+    Pinned,
+    Pageable,
+}
+
+struct World {
+    saver: Saver,
+    copier: Copier,
+    device: Arc<dyn Device>,
+    stream: Stream,
+    on_device: [u64; 2],
+    pinned: Vec<u8>,
+    pageable: Vec<u8>,
+}
+
+impl World {
+    fn new(method: Option<&str>) -> World {
+        let platform = device::open("cuda").unwrap();
+        let device = platform.device(0).unwrap();
+        let saver = Saver::new(platform).unwrap();
+        let region = Region::new("copies");
+        let on_device = [0, 1].map(|d| saver.malloc(BYTES as u64, Some(d), &region).unwrap());
+        let copier = Copier::new(Arc::clone(saver.engine()));
+        for device in 0..2 {
+            if let Some(method) = method {
+                copier.set_table(device, &table(method)).unwrap();
+            }
+        }
+        // One page more, so that a whole number of pages can be registered.
+        let pinned = vec![0; BYTES + 4096];
+        let world = World {
+            saver,
+            copier,
+            stream: device.stream_create().unwrap(),
+            device,
+            on_device,
+            pinned,
+            pageable: vec![0; BYTES],
+        };
+        // SAFETY: the vector is never moved or grown, and unregistered before it goes.
+        unsafe {
+            world
+                .device
+                .register_host(world.address(Place::Pinned) as *mut u8, BYTES)
+        }
+        .unwrap();
+        world
+    }
+
+    fn address(&self, place: Place) -> u64 {
+        match place {
+            Place::Device(device) => self.on_device[device as usize],
+            Place::Pinned => (self.pinned.as_ptr() as u64).next_multiple_of(4096),
+            Place::Pageable => self.pageable.as_ptr() as u64,
+        }
+    }
+
+    fn get(&self, fake: &FakeCuda, place: Place, at: usize, bytes: usize) -> Vec<u8> {
+        let address = self.address(place) + at as u64;
+        match place {
+            Place::Device(_) => fake.peek(address, bytes),
+            // SAFETY: within the vectors; no copy runs.
+            _ => unsafe { std::slice::from_raw_parts(address as *const u8, bytes) }.to_vec(),
+        }
+    }
+
+    fn fill(&self, place: Place, seed: u64) {
+        let data = pattern(BYTES, seed);
+        match place {
+            Place::Device(_) => self.saver.write(self.address(place), &data).unwrap(),
+            // SAFETY: within the vectors, which nobody borrows; no copy runs.
+            _ => unsafe {
+                let to = self.address(place) as *mut u8;
+                std::ptr::copy_nonoverlapping(data.as_ptr(), to, BYTES);
+            },
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.device.stream_destroy(self.stream).unwrap();
+        // SAFETY: no copy runs any more.
+        unsafe {
+            self.device
+                .unregister_host(self.address(Place::Pinned) as *mut u8)
+        }
+        .unwrap();
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Shape {
+    /// One piece of so many bytes.
+    One(usize),
+    /// So many pieces, each of so many bytes, apart on both sides.
+    Many(usize, usize),
+    /// Rows of so many bytes.
+    Rows(usize, usize),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Scenario {
+    from: Place,
+    to: Place,
+    shape: Shape,
+    stream: bool,
+}
+
+impl Scenario {
+    /// Offset on both sides and bytes, in the order of the call.
+    fn parts(&self) -> Vec<(usize, usize)> {
+        match self.shape {
+            Shape::One(bytes) => vec![(0, bytes)],
+            Shape::Many(count, bytes) | Shape::Rows(count, bytes) => (0..count)
+                .map(|index| (index * (bytes + 16), bytes))
+                .collect(),
+        }
+    }
+
+    /// Copies; the status, and how many bytes are said to be certain.
+    fn run(&self, world: &World) -> (Result<()>, u64) {
+        let (to, from) = (world.address(self.to), world.address(self.from));
+        let pieces: Vec<Piece> = self
+            .parts()
+            .into_iter()
+            .map(|(at, bytes)| Piece {
+                destination: to + at as u64,
+                source: from + at as u64,
+                bytes: bytes as u64,
+            })
+            .collect();
+        // SAFETY: all of it lies in memory of the world, and streams are waited for.
+        unsafe {
+            if self.stream {
+                let status = on_stream(world, &pieces);
+                let total = pieces.iter().map(|piece| piece.bytes).sum();
+                let certain = if status.is_ok() { total } else { 0 };
+                return (status, certain);
+            }
+            let ended = match self.shape {
+                Shape::Rows(height, width) => world.copier.copy_2d(&Pitched {
+                    destination: to,
+                    destination_pitch: width as u64 + 16,
+                    source: from,
+                    source_pitch: width as u64 + 16,
+                    width: width as u64,
+                    height: height as u64,
+                }),
+                _ => world.copier.copy(&pieces, Way::Any),
+            };
+            (ended.status, ended.bytes)
+        }
+    }
+
+    /// That the first `certain` bytes are in place.
+    fn check(&self, fake: &FakeCuda, world: &World, seed: u64, certain: u64, what: &str) {
+        let data = pattern(BYTES, seed);
+        let mut left = certain as usize;
+        for (at, bytes) in self.parts() {
+            let bytes = bytes.min(left);
+            assert!(
+                world.get(fake, self.to, at, bytes) == data[at..at + bytes],
+                "{what}: a byte that is certain is not there, at {at}"
+            );
+            left -= bytes;
+        }
+        assert_eq!(left, 0, "{what}: more is certain than was asked for");
+    }
+}
+
+/// # Safety
+/// As for the copier's function.
+unsafe fn on_stream(world: &World, pieces: &[Piece]) -> Result<()> {
+    let stream = world.stream;
+    // SAFETY: by this function's contract.
+    let queued = unsafe { world.copier.copy_on_stream(pieces, Way::Any, stream.0) };
+    let waited = world.device.stream_synchronize(stream);
+    // Whatever fails, nothing may run on when the test goes on.
+    if waited.is_err() {
+        while world.device.stream_synchronize(stream).is_err() {}
+    }
+    queued.and(waited)
+}
+
+fn scenarios(method: &str) -> Vec<Scenario> {
+    let mut all = Vec::new();
+    let many = Shape::Many(700, 333);
+    let ways = [
+        (Place::Pageable, Place::Device(0)),
+        (Place::Device(0), Place::Pageable),
+        (Place::Pinned, Place::Device(1)),
+        (Place::Device(1), Place::Pinned),
+        (Place::Device(0), Place::Device(1)),
+        (Place::Pageable, Place::Pinned),
+    ];
+    for (from, to) in ways {
+        all.push((from, to, many, false));
+    }
+    if method == "kernel" {
+        for (from, to) in ways {
+            all.push((from, to, Shape::One(3 * MIB + 5), false));
+        }
+        let zero = Place::Device(0);
+        for (from, to) in [
+            (Place::Pageable, zero),
+            (zero, Place::Pageable),
+            (Place::Pinned, zero),
+        ] {
+            all.push((from, to, many, true));
+        }
+    } else {
+        let rows = Shape::Rows(40, 5000);
+        all.push((Place::Pinned, Place::Device(0), rows, false));
+        all.push((Place::Device(1), Place::Pageable, rows, false));
+    }
+    all.into_iter()
+        .map(|(from, to, shape, stream)| Scenario {
+            from,
+            to,
+            shape,
+            stream,
+        })
+        .collect()
+}
+
+#[test]
+fn every_call_of_a_copy_fails_once() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let before = fake.reserved_bytes();
+    for method in ["kernel", "batch", "plain"] {
+        let world = World::new(Some(method));
+        for scenario in scenarios(method) {
+            let name = format!("{method}, {scenario:?}");
+            let mut seed = 1;
+            // The first one creates what later ones use again.
+            for _ in 0..2 {
+                world.fill(scenario.from, seed);
+                scenario.run(&world).0.unwrap();
+            }
+            let live = (
+                fake.live_bytes(0),
+                fake.live_bytes(1),
+                fake.reserved_bytes(),
+            );
+            let streams = fake.live_streams();
+            fake.reset_count();
+            scenario.run(&world).0.unwrap();
+            let calls = fake.count();
+            // Of very many calls that are alike, not every one.
+            let step = (calls / 40).max(1) as usize;
+            for (code, repeat) in [(OUT_OF_MEMORY, 1), (UNKNOWN, 1), (UNKNOWN, 4)] {
+                for nth in (1..=calls).step_by(step) {
+                    seed += 1;
+                    world.fill(scenario.from, seed);
+                    fake.reset_count();
+                    fake.fail_any(nth, code, repeat);
+                    let (status, certain) = scenario.run(&world);
+                    fake.reset_faults();
+                    let what = format!("{name}: call {nth} of {calls} -> {code}: {status:?}");
+                    scenario.check(&fake, &world, seed, certain, &what);
+                    let total: usize = scenario.parts().iter().map(|part| part.1).sum();
+                    if status.is_ok() {
+                        assert_eq!(certain as usize, total, "{what}");
+                    }
+                    let (repeated, certain) = scenario.run(&world);
+                    repeated.unwrap_or_else(|error| panic!("{what}; repeated: {error}"));
+                    scenario.check(&fake, &world, seed, certain, &what);
+                    let now = (
+                        fake.live_bytes(0),
+                        fake.live_bytes(1),
+                        fake.reserved_bytes(),
+                    );
+                    assert_eq!(now, live, "{what}");
+                    assert_eq!(fake.live_streams(), streams, "{what}");
+                }
+            }
+        }
+    }
+    assert_eq!(fake.reserved_bytes(), before);
+    assert_eq!(fake.registered_bytes(), 0);
+    assert_eq!(fake.live_bytes(0) + fake.live_bytes(1), 0);
+    assert_eq!(fake.live_streams() + fake.live_events(), 0);
+}
+
+#[test]
+fn the_first_copy_and_its_measurements_fail_anywhere() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let scenario = Scenario {
+        from: Place::Pageable,
+        to: Place::Device(0),
+        shape: Shape::Many(200, 1000),
+        stream: false,
+    };
+    let calls = {
+        let world = World::new(None);
+        fake.reset_count();
+        scenario.run(&world).0.unwrap();
+        fake.count()
+    };
+    let few = (1..=60).chain((61..calls - 40).step_by(calls as usize / 12));
+    for nth in few.chain(calls - 40..=calls) {
+        for repeat in [1, 6] {
+            let world = World::new(None);
+            world.fill(scenario.from, nth);
+            let live = (fake.live_bytes(0), fake.reserved_bytes());
+            fake.reset_count();
+            fake.fail_any(nth, UNKNOWN, repeat);
+            let (status, certain) = scenario.run(&world);
+            fake.reset_faults();
+            let what = format!("call {nth} of {calls}, {repeat} times: {status:?}");
+            scenario.check(&fake, &world, nth, certain, &what);
+            // Measuring is tried again, which gives back what it had left.
+            let (repeated, certain) = scenario.run(&world);
+            repeated.unwrap_or_else(|error| panic!("{what}; repeated: {error}"));
+            scenario.check(&fake, &world, nth, certain, &what);
+            assert_eq!((fake.live_bytes(0), fake.reserved_bytes()), live, "{what}");
+            drop(world);
+            assert_eq!(fake.live_bytes(0), 0, "{what}");
+            assert_eq!(fake.live_streams() + fake.live_events(), 0, "{what}");
+            assert_eq!(fake.registered_bytes(), 0, "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_lost_device_is_told_and_host_memory_is_copied_on() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let world = World::new(Some("kernel"));
+    let to_device = Scenario {
+        from: Place::Pageable,
+        to: Place::Device(0),
+        shape: Shape::Many(100, 1000),
+        stream: false,
+    };
+    to_device.run(&world).0.unwrap();
+    fake.reset_count();
+    fake.fail_any_effect(12, 700);
+    let (status, certain) = to_device.run(&world);
+    assert_eq!(status.unwrap_err().kind(), ErrorKind::DeviceLost);
+    assert_eq!(certain, 0);
+    fake.reset_faults();
+    to_device.run(&world).0.unwrap();
+}
