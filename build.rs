@@ -70,6 +70,7 @@ fn main() {
             "result",
             "op",
             "saver",
+            "ordered",
             "pinned",
             "transfer",
             "copy",

@@ -33,6 +33,11 @@ static void saver_functions(tms_saver_t *saver, void *memory)
     tms_op_t *op = (tms_op_t *)MARK;
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_pause_async(NULL, NULL, &op));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_resume_async(NULL, NULL, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_resume_ordered_async(NULL, &memory, 1, NULL, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_resume_ordered_async(saver, NULL, 1, NULL, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_saver_resume_ordered_async(saver, &memory, 1, NULL, NULL));
+    void *nowhere = NULL;
+    CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_saver_resume_ordered_async(saver, &nowhere, 1, NULL, &op));
     CHECK(op == MARK);
 
     tms_pause_options_t pause = check_pause_options(NULL, 1);
@@ -104,6 +109,8 @@ static void operation_functions(tms_saver_t *saver)
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_op_result(NULL, &result));
     CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_op_eventfd(NULL, &number));
     CHECK_OK(tms_op_free(NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_op_stream_wait(NULL, &number, NULL));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_op_ready(NULL, &done, &number));
     CHECK(number == 77 && done == 77 && total == 77);
 
     CHECK_OK(tms_saver_pause_async(saver, NULL, &op));
@@ -116,6 +123,15 @@ static void operation_functions(tms_saver_t *saver)
     CHECK(done == 77 && total == 77);
     CHECK_OK(tms_op_free(op));
     CHECK_OK(tms_saver_resume(saver, NULL, NULL));
+
+    /* No allocations to resume need no array. */
+    CHECK_OK(tms_saver_resume_ordered_async(saver, NULL, 0, NULL, &op));
+    CHECK_STATUS(TMS_ERR_NULL_POINTER, tms_op_ready(op, &done, NULL));
+    CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_op_ready(op, NULL, &number));
+    CHECK_STATUS(TMS_ERR_NOT_FOUND, tms_op_stream_wait(op, NULL, NULL));
+    CHECK_OK(tms_op_wait(op, 60000));
+    CHECK_OK(tms_op_free(op));
+    CHECK(number == 77);
 }
 
 static void copy_functions(void *memory)

@@ -261,6 +261,16 @@
 #define TMS_PAUSE_SKIP_EXPORTED 1
 
 /**
+ * Everything is copied. Without this flag, and unless TMS_UNCHANGED_CHECK=0, memory of a region that
+ * retains its backup in pinned memory is compared with that backup first, by a 128-bit fingerprint of
+ * each 2 MiB, and only what differs is copied. The key of the fingerprints is random and secret to
+ * the process; a block that changed is taken for unchanged with a probability of at most 2^-63,
+ * whatever its contents. A backup whose address tms_saver_backup_pointer gave out is always copied,
+ * and so is everything on devices that cannot compute fingerprints.
+ */
+#define TMS_PAUSE_COPY_ALL 2
+
+/**
  * Waiting without a deadline.
  */
 #define TMS_WAIT_FOREVER UINT64_MAX
@@ -490,6 +500,11 @@ typedef struct {
      * Entries that fit the array; only the first are written if there are more.
      */
     size_t failures_capacity;
+    /**
+     * Bytes that a retained backup had already, which a pause did not copy again (see
+     * TMS_PAUSE_COPY_ALL). Not part of copied_bytes.
+     */
+    uint64_t unchanged_bytes;
 } tms_result_t;
 
 /**
@@ -519,7 +534,7 @@ typedef struct {
      */
     uint32_t struct_size;
     /**
-     * TMS_PAUSE_SKIP_EXPORTED.
+     * TMS_PAUSE_SKIP_EXPORTED, TMS_PAUSE_COPY_ALL.
      */
     uint32_t flags;
     /**
@@ -1130,6 +1145,73 @@ int32_t tms_saver_export(const tms_saver_t *saver,
                          const void *pointer,
                          int32_t *fd,
                          uint64_t *bytes);
+
+/**
+ * Resumes the given allocations, and no others, on a thread of the library, so that the first can be
+ * used while the rest arrives.
+ *
+ * Everything is created and mapped before the first allocation is ready; then the contents arrive in
+ * the order given. tms_op_stream_wait and tms_op_ready tell of each allocation; an allocation that is
+ * ready can be used, queried, and freed like an active one (its memory goes when the operation ends).
+ * A failure later on leaves what is ready active and the rest paused: the operation ends with
+ * TMS_ERR_PARTIAL and lists them. While device memory is short it waits up to options.wait_ms, and
+ * other operations run; then everything stays paused.
+ *
+ * `saver`: not NULL. `pointers`: array of `count` addresses, each anywhere in an allocation of this
+ * saver, in the order of need; NULL if count is 0; not kept. The same allocation may be named twice
+ * and may be active already. `options`: NULL for defaults; naming tags is refused. `op` receives the
+ * operation, to be freed with tms_op_free; not NULL. Any thread. Operations of a saver run in the
+ * order they were started.
+ *
+ * Returns TMS_OK; TMS_ERR_NOT_FOUND for a pointer in no allocation, named by its index;
+ * TMS_ERR_NULL_POINTER; TMS_ERR_INVALID_ARGUMENT; TMS_ERR_FORKED; TMS_ERR_SHUTDOWN; TMS_ERR_IO (no
+ * thread or descriptor). The operation ends as tms_saver_resume does.
+ */
+int32_t tms_saver_resume_ordered_async(const tms_saver_t *saver,
+                                       void *const *pointers,
+                                       size_t count,
+                                       const tms_resume_options_t *options,
+                                       tms_op_t **op);
+
+/**
+ * Makes a stream of the caller wait for the contents of one allocation of an ordered resume: work
+ * queued on the stream afterwards sees them.
+ *
+ * Returns at once if the contents are complete or on their way to the device. Where they are not on
+ * their way yet, the calling thread waits until they are: until all memory is mapped, and for
+ * contents from other backups than "pinned" until they have arrived. Never call it while holding
+ * something that frees the device memory which the resume waits for. On the host device, which has
+ * no streams of the caller, the calling thread waits until the contents are complete.
+ *
+ * If copying fails after the call has returned, the operation ends with an error that lists the
+ * allocation. After the operation has ended nothing is waited for.
+ *
+ * `op`: of tms_saver_resume_ordered_async; not NULL. `pointer`: anywhere in one of its allocations.
+ * `stream`: a CUstream of any device, not being captured; NULL: the legacy default stream. Any
+ * thread, several at once.
+ *
+ * Returns TMS_OK; the error of the allocation if it stays paused; TMS_ERR_NOT_FOUND if the operation
+ * does not resume such an allocation, or it was freed before; TMS_ERR_NULL_POINTER (op);
+ * TMS_ERR_INVALID_ARGUMENT (another kind of operation); TMS_ERR_CAPTURE; TMS_ERR_DEVICE;
+ * TMS_ERR_FORKED; TMS_ERR_SHUTDOWN.
+ */
+int32_t tms_op_stream_wait(const tms_op_t *op,
+                           const void *pointer,
+                           void *stream);
+
+/**
+ * Whether the contents of one allocation of an ordered resume are complete, for every stream. Touches
+ * no device and waits for nothing.
+ *
+ * `op`: of tms_saver_resume_ordered_async; not NULL. `pointer`: anywhere in one of its allocations.
+ * `ready`: receives 1 or 0; not NULL. Any thread.
+ *
+ * Returns TMS_OK; the error of the allocation if it stays paused; TMS_ERR_NOT_FOUND,
+ * TMS_ERR_NULL_POINTER and TMS_ERR_INVALID_ARGUMENT as tms_op_stream_wait; TMS_ERR_FORKED.
+ */
+int32_t tms_op_ready(const tms_op_t *op,
+                     const void *pointer,
+                     int32_t *ready);
 
 /**
  * Populates and pins host memory ahead of need, so that the next pause with pinned backups finds

@@ -18,6 +18,8 @@ pub mod op;
 pub mod process;
 pub mod transfer;
 
-pub use allocator::{Op, Outcome, PauseOptions, Region, ResumeOptions, Saver, Summary, TagStats};
+pub use allocator::{
+    Op, OrderedResume, Outcome, PauseOptions, Region, ResumeOptions, Saver, Summary, TagStats,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use transfer::copy::{Copier, Way};

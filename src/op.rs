@@ -21,12 +21,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Control {
     pub done: AtomicU64,
     pub total: AtomicU64,
+    /// Part of what is done: bytes that were in place already and were not moved.
+    pub unchanged: AtomicU64,
     pub cancelled: AtomicBool,
 }
 
 impl Control {
     pub fn advance(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Begins to count, from 0 to `bytes`.
+    pub fn expect(&self, bytes: u64) {
+        self.total.store(bytes, Ordering::Relaxed);
+        self.done.store(0, Ordering::Relaxed);
     }
 
     /// An error once the operation was cancelled or the process began to exit.

@@ -7,15 +7,17 @@
 //! `malloc` or `free`.
 
 mod options;
+mod ordered;
 mod outcome;
 mod pause;
 mod pinned;
+mod readiness;
 pub mod region;
 mod residue;
 mod resume;
 pub mod table;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -28,6 +30,7 @@ use crate::process;
 use crate::transfer::{ArenaUse, Engine};
 
 pub use options::{PauseOptions, ResumeOptions};
+pub use ordered::OrderedResume;
 pub use outcome::{AllocationInfo, Failure, Outcome, Summary, TagStats};
 pub use region::Region;
 pub use table::State;
@@ -69,8 +72,20 @@ struct Held {
     table: Table<Allocation>,
     /// Device memory and addresses whose release failed or had to be put off.
     residues: Vec<Residue>,
+    /// Allocations of a running ordered resume whose contents are complete.
+    ready: BTreeSet<Address>,
     margins: BTreeMap<u32, u64>,
     margin_of_all: u64,
+}
+
+impl Held {
+    /// The state of an allocation as its host sees it.
+    fn state_of(&self, base: Address, record: &Record<Allocation>) -> State {
+        match record.state {
+            State::Resuming if self.ready.contains(&base) => State::Active,
+            state => state,
+        }
+    }
 }
 
 struct Inner {
@@ -482,7 +497,7 @@ impl Saver {
             requested: record.requested,
             tag: Arc::clone(&record.tag),
             device: record.payload.device.info().ordinal,
-            state: record.state,
+            state: held.state_of(base, record),
             backed: record
                 .payload
                 .stored
@@ -496,7 +511,7 @@ impl Saver {
     pub fn stats(&self) -> Vec<TagStats> {
         let held = self.held();
         let mut stats: BTreeMap<(Arc<str>, u32), TagStats> = BTreeMap::new();
-        for (_, record) in held.table.iter() {
+        for (base, record) in held.table.iter() {
             let device = record.payload.device.info().ordinal;
             let entry = stats
                 .entry((Arc::clone(&record.tag), device))
@@ -509,7 +524,7 @@ impl Saver {
                     paused_bytes: 0,
                     backed_bytes: 0,
                 });
-            match record.state {
+            match held.state_of(base, record) {
                 State::Active | State::Pausing => {
                     entry.active_count += 1;
                     entry.active_bytes += record.bytes;
@@ -573,7 +588,7 @@ impl Saver {
             .table
             .find(address, bytes as u64)
             .ok_or_else(|| unknown(address))?;
-        if record.state != State::Active {
+        if held.state_of(base, record) != State::Active {
             return Err(not_active(base));
         }
         Ok(Arc::clone(&record.payload.device))

@@ -2,12 +2,15 @@
 
 use std::time::Duration;
 
+use crate::config;
+
 /// Which allocations to pause and what to keep of them.
 #[derive(Clone, Debug, Default)]
 pub struct PauseOptions {
     pub(super) tags: Option<Vec<String>>,
     pub(super) backup: Option<String>,
     pub(super) skip_exported: bool,
+    pub(super) copy_all: bool,
 }
 
 impl PauseOptions {
@@ -32,6 +35,18 @@ impl PauseOptions {
     pub fn with_skip_exported(mut self, skip: bool) -> Self {
         self.skip_exported = skip;
         self
+    }
+
+    /// Copies everything, also what a retained backup has already.
+    pub fn with_copy_all(mut self, copy_all: bool) -> Self {
+        self.copy_all = copy_all;
+        self
+    }
+
+    /// Whether unchanged memory is looked for: not with [`Self::with_copy_all`], and not with
+    /// `TMS_UNCHANGED_CHECK=0`.
+    pub(super) fn checks_unchanged(&self) -> bool {
+        !self.copy_all && config::flag_from_environment("TMS_UNCHANGED_CHECK", true)
     }
 }
 

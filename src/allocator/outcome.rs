@@ -1,11 +1,12 @@
 //! What comes back: of an operation, and of questions about allocations.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::State;
 use crate::device::Address;
 use crate::error::{Error, ErrorKind, Result};
-use crate::op::Ending;
+use crate::op::{Control, Ending};
 
 /// One allocation that an operation could not bring where it should be.
 #[derive(Clone, Debug)]
@@ -23,6 +24,8 @@ pub struct Summary {
     pub done_bytes: u64,
     /// Bytes copied to or from backups.
     pub copied_bytes: u64,
+    /// Bytes that a retained backup had already, which were not copied again.
+    pub unchanged_bytes: u64,
     /// Allocations of the selection that were already in the wanted state.
     pub unchanged_count: u64,
     /// Released bytes that did not become free on the device: held by another reference.
@@ -31,6 +34,13 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// What needed no copy was not copied.
+    pub(super) fn note_unchanged(&mut self, control: &Control) {
+        let unchanged = control.unchanged.load(Ordering::Relaxed);
+        self.unchanged_bytes = unchanged.min(self.copied_bytes);
+        self.copied_bytes -= self.unchanged_bytes;
+    }
+
     /// Says so where named tags selected nothing: a mistyped tag is no error, and looks like one.
     pub(super) fn warn_if_empty(&self, verb: &str, tags: Option<&[String]>) {
         let selected = self.done_count + self.unchanged_count + self.failures.len() as u64;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::table::State;
 use super::{
-    Allocation, Failure, Op, Outcome, PauseOptions, Residue, Saver, Stored, Summary, lock,
+    Allocation, Failure, Op, Outcome, PauseOptions, Residue, Saver, Stored, Summary, lock, region,
 };
 use crate::backup::{self, BackupBackend, Discard, StoreItem};
 use crate::device::{Address, Device};
@@ -142,7 +142,7 @@ impl Saver {
             Ok(selected) => selected,
             Err(error) => return Outcome::failed(error),
         };
-        let mut outcome = match self.secure(&mut items, control) {
+        let mut outcome = match self.secure(&mut items, options, control) {
             Ok(()) => self.commit(items),
             Err(error) => {
                 self.stay_active(items);
@@ -150,6 +150,7 @@ impl Saver {
             }
         };
         outcome.summary.unchanged_count = unchanged_count;
+        outcome.summary.note_unchanged(control);
         outcome
             .summary
             .warn_if_empty("pause", options.tags.as_deref());
@@ -199,18 +200,21 @@ impl Saver {
     }
 
     /// Waits for queued work, then stores what must be kept. On an error nothing new is kept.
-    fn secure(&self, items: &mut [Item], control: &Arc<Control>) -> Result<()> {
+    fn secure(
+        &self,
+        items: &mut [Item],
+        options: &PauseOptions,
+        control: &Arc<Control>,
+    ) -> Result<()> {
         let total = items
             .iter()
             .filter(|item| item.backend.is_some())
             .map(|item| item.bytes)
             .sum();
-        control
-            .total
-            .store(total, std::sync::atomic::Ordering::Relaxed);
+        control.expect(total);
         self.synchronize_all(items)?;
         let stored = self
-            .store_all(items, control)
+            .store_all(items, options, control)
             .and_then(|()| control.check());
         if stored.is_err() {
             for item in items.iter_mut() {
@@ -247,7 +251,13 @@ impl Saver {
     }
 
     /// Stores backend by backend, all devices of one at once.
-    fn store_all(&self, items: &mut [Item], control: &Arc<Control>) -> Result<()> {
+    fn store_all(
+        &self,
+        items: &mut [Item],
+        options: &PauseOptions,
+        control: &Arc<Control>,
+    ) -> Result<()> {
+        let checks = options.checks_unchanged();
         for name in backup::NAMES {
             let chosen: Vec<usize> = (0..items.len())
                 .filter(|&index| {
@@ -271,6 +281,8 @@ impl Saver {
                         previous: previous
                             .filter(|stored| stored.backend.name() == name)
                             .map(|stored| Arc::clone(&stored.ticket)),
+                        fingerprint: checks
+                            && item.allocation.region.retain.unwrap_or_else(region::retain),
                         directory: item.allocation.region.directory.clone(),
                     }
                 })

@@ -1,14 +1,13 @@
 //! Putting memory and contents back: create and map everything first, then copy.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::table::State;
+use super::table::{Record, State};
 use super::{
     Allocation, Failure, Op, Outcome, Residue, ResumeOptions, Saver, Stored, Summary, lock, region,
 };
-use crate::backup::{self, Discard, LoadItem};
+use crate::backup::{self, Discard, LoadItem, Unobserved};
 use crate::device::{Address, CreateOptions};
 use crate::error::{ErrorKind, Result};
 use crate::op::Ending;
@@ -20,17 +19,30 @@ const SHORTEST_NAP: Duration = Duration::from_millis(1);
 const LONGEST_NAP: Duration = Duration::from_millis(50);
 
 /// One allocation of a resume.
-struct Item {
-    address: Address,
-    bytes: u64,
-    allocation: Allocation,
+pub(super) struct Item {
+    pub address: Address,
+    pub bytes: u64,
+    pub allocation: Allocation,
     /// What was created and mapped for it so far.
     residue: Residue,
-    result: Result<()>,
+    pub result: Result<()>,
 }
 
 impl Item {
-    fn span(&self) -> Span {
+    pub fn new(address: Address, record: &Record<Allocation>) -> Item {
+        let device = Arc::clone(&record.payload.device);
+        let mut residue = Residue::reserved(device, address, record.bytes);
+        residue.unreserve = false;
+        Item {
+            address,
+            bytes: record.bytes,
+            allocation: record.payload.clone(),
+            residue,
+            result: Ok(()),
+        }
+    }
+
+    pub fn span(&self) -> Span {
         Span {
             device: Arc::clone(&self.allocation.device),
             address: self.address,
@@ -73,13 +85,13 @@ impl Item {
 }
 
 /// Waits between attempts, for longer each time.
-struct Patience {
+pub(super) struct Patience {
     deadline: Instant,
     nap: Duration,
 }
 
 impl Patience {
-    fn new(wait: Duration) -> Patience {
+    pub fn new(wait: Duration) -> Patience {
         let now = Instant::now();
         Patience {
             // A wait beyond what the clock can express is as good as a day.
@@ -91,7 +103,7 @@ impl Patience {
     }
 
     /// How long to sleep before the next attempt, `None` when the time is up.
-    fn next(&mut self) -> Option<Duration> {
+    pub fn next(&mut self) -> Option<Duration> {
         let left = self.deadline.checked_duration_since(Instant::now())?;
         if left.is_zero() {
             return None;
@@ -102,7 +114,7 @@ impl Patience {
     }
 }
 
-fn short_of_memory(outcome: &Outcome) -> bool {
+pub(super) fn short_of_memory(outcome: &Outcome) -> bool {
     matches!(&outcome.status, Err(error) if error.kind() == ErrorKind::OutOfDeviceMemory)
 }
 
@@ -150,10 +162,20 @@ impl Saver {
         let _turn = lock(&self.inner.turn);
         self.inner.engine.drain_quarantine();
         self.drain_residues(|_| true);
-        let (mut items, unchanged_count) = self.select_paused(options);
-        let mut outcome = match self.back_all(&mut items) {
+        let (items, unchanged_count) = self.select_paused(options);
+        let mut outcome = self.put_back(items, |items| self.load_all(items, control));
+        outcome.summary.unchanged_count = unchanged_count;
+        outcome
+            .summary
+            .warn_if_empty("resume", options.tags.as_deref());
+        outcome
+    }
+
+    /// Backs a selection, has its contents loaded, and writes the end into the table.
+    pub(super) fn put_back(&self, mut items: Vec<Item>, load: impl FnOnce(&mut [Item])) -> Outcome {
+        match self.back_all(&mut items) {
             Ok(()) => {
-                self.load_all(&mut items, control);
+                load(&mut items);
                 self.finish(items)
             }
             Err(error) => {
@@ -162,12 +184,7 @@ impl Saver {
                 }
                 Outcome::failed(error.context("resume"))
             }
-        };
-        outcome.summary.unchanged_count = unchanged_count;
-        outcome
-            .summary
-            .warn_if_empty("resume", options.tags.as_deref());
-        outcome
+        }
     }
 
     fn select_paused(&self, options: &ResumeOptions) -> (Vec<Item>, u64) {
@@ -181,16 +198,7 @@ impl Saver {
             let Some(record) = held.table.get_mut(address) else {
                 continue;
             };
-            let device = Arc::clone(&record.payload.device);
-            let mut residue = Residue::reserved(device, address, record.bytes);
-            residue.unreserve = false;
-            items.push(Item {
-                address,
-                bytes: record.bytes,
-                allocation: record.payload.clone(),
-                residue,
-                result: Ok(()),
-            });
+            items.push(Item::new(address, record));
         }
         (items, selection.unchanged)
     }
@@ -233,8 +241,7 @@ impl Saver {
             .filter(|item| backed(item))
             .map(|item| item.bytes)
             .sum();
-        control.total.store(total, Ordering::Relaxed);
-        control.done.store(0, Ordering::Relaxed);
+        control.expect(total);
         for name in backup::NAMES {
             let mut chosen = Vec::new();
             let mut loads = Vec::new();
@@ -253,7 +260,7 @@ impl Saver {
                 }
             }
             let Some(backend) = backend else { continue };
-            let results = backend.load(&self.inner.engine, &loads, control);
+            let results = backend.load(&self.inner.engine, &loads, control, &Unobserved);
             for (index, result) in chosen.into_iter().zip(results) {
                 items[index].result = result;
             }
@@ -300,7 +307,7 @@ impl Saver {
             payload.physical = item.residue.physical;
             let retain = payload.region.retain.unwrap_or_else(region::retain);
             match &mut payload.stored {
-                Some(stored) if retain && stored.ticket.read_pointer().is_some() => {}
+                Some(stored) if retain && stored.ticket.is_in_host_memory() => {}
                 Some(stored) if stored.backend.reuses_place() => stored.complete = false,
                 _ => unneeded = payload.stored.take(),
             }

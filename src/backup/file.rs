@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{BackupBackend, Discard, LoadItem, StoreItem, Ticket, own};
+use super::{BackupBackend, Discard, LoadItem, LoadObserver, StoreItem, Ticket, own};
 use crate::error::{Error, ErrorKind, Result, ResultExt};
 use crate::transfer::staging::{self, PIECE, Sink, Source};
 use crate::transfer::{Control, Engine, Span};
@@ -392,11 +392,19 @@ impl BackupBackend for FileBackend {
         Ok(tickets)
     }
 
-    fn load(&self, engine: &Engine, items: &[LoadItem], control: &Arc<Control>) -> Vec<Result<()>> {
+    fn load(
+        &self,
+        engine: &Engine,
+        items: &[LoadItem],
+        control: &Arc<Control>,
+        observer: &dyn LoadObserver,
+    ) -> Vec<Result<()>> {
         let spans: Vec<Span> = items.iter().map(|item| item.span.clone()).collect();
         let files = items.iter().map(|item| Arc::clone(&item.ticket)).collect();
         let source: Arc<dyn Source> = Arc::new(Files(files));
-        staging::fill(engine, &spans, &source, control)
+        staging::fill(engine, &spans, &source, control, &|index, result| {
+            observer.done(index, result);
+        })
     }
 
     fn discard(&self, ticket: Arc<dyn Ticket>, _why: Discard) {

@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::{BackupBackend, Discard, LoadItem, StoreItem, Ticket, own};
+use super::{BackupBackend, Discard, LoadItem, LoadObserver, StoreItem, Ticket, own};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::staging::{self, Sink, Source};
 use crate::transfer::{Control, Engine, Span, pages};
@@ -43,6 +43,10 @@ impl Drop for MmapTicket {
 impl Ticket for MmapTicket {
     fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    fn is_in_host_memory(&self) -> bool {
+        true
     }
 
     fn read_pointer(&self) -> Option<NonNull<u8>> {
@@ -135,11 +139,19 @@ impl BackupBackend for MmapBackend {
         Ok(tickets)
     }
 
-    fn load(&self, engine: &Engine, items: &[LoadItem], control: &Arc<Control>) -> Vec<Result<()>> {
+    fn load(
+        &self,
+        engine: &Engine,
+        items: &[LoadItem],
+        control: &Arc<Control>,
+        observer: &dyn LoadObserver,
+    ) -> Vec<Result<()>> {
         let spans: Vec<Span> = items.iter().map(|item| item.span.clone()).collect();
         let places = items.iter().map(|item| Arc::clone(&item.ticket)).collect();
         let source: Arc<dyn Source> = Arc::new(Places(places));
-        staging::fill(engine, &spans, &source, control)
+        staging::fill(engine, &spans, &source, control, &|index, result| {
+            observer.done(index, result);
+        })
     }
 
     fn discard(&self, ticket: Arc<dyn Ticket>, _why: Discard) {

@@ -6,8 +6,10 @@
 //! `allocator`; how the bytes travel is the business of `transfer`.
 
 mod file;
+mod loading;
 mod mmap;
 mod pinned;
+mod unchanged;
 
 use std::any::Any;
 use std::path::Path;
@@ -15,7 +17,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::transfer::{Control, Engine, Span};
+use crate::transfer::{Control, Engine, SharedEvent, Span};
 
 pub use file::{FileBackend, set_default_folder};
 pub use mmap::MmapBackend;
@@ -26,8 +28,14 @@ pub trait Ticket: Any + Send + Sync {
     /// Bytes of the span.
     fn bytes(&self) -> u64;
 
+    /// Whether the contents are kept in host memory.
+    fn is_in_host_memory(&self) -> bool {
+        false
+    }
+
     /// Host memory with the contents of the span, for backends that have it there. Writable: what
-    /// the owner writes is what a load restores.
+    /// the owner writes is what a load restores. Only for handing it out: from then on nothing is
+    /// taken for granted about these contents.
     fn read_pointer(&self) -> Option<NonNull<u8>> {
         None
     }
@@ -39,6 +47,9 @@ pub struct StoreItem {
     /// A ticket of the same backend for the same span, whose place is to be used again. Its old
     /// contents are lost as soon as the store begins.
     pub previous: Option<Arc<dyn Ticket>>,
+    /// Leave out what is in that place already, where the backend can tell, and remember what is
+    /// needed to tell next time.
+    pub fingerprint: bool,
     /// For backends that use files.
     pub directory: Option<Arc<Path>>,
 }
@@ -49,6 +60,20 @@ pub struct LoadItem {
     pub span: Span,
     pub ticket: Arc<dyn Ticket>,
 }
+
+/// Hears how far a load is. Called on the thread that loads.
+pub trait LoadObserver {
+    /// Item `index` is on its way and complete once `event` is. Not every backend says this.
+    fn queued(&self, _index: usize, _event: &Arc<SharedEvent>) {}
+
+    /// Item `index` has ended: if well, its contents are complete for every stream.
+    fn done(&self, _index: usize, _result: &Result<()>) {}
+}
+
+/// For loads whose end is enough.
+pub struct Unobserved;
+
+impl LoadObserver for Unobserved {}
 
 /// Why a ticket is not needed any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,8 +96,15 @@ pub trait BackupBackend: Send + Sync {
         control: &Arc<Control>,
     ) -> Result<Vec<Arc<dyn Ticket>>>;
 
-    /// Loads the items and returns one result for each. Tickets stay valid either way.
-    fn load(&self, engine: &Engine, items: &[LoadItem], control: &Arc<Control>) -> Vec<Result<()>>;
+    /// Loads the items, in their order, and returns one result for each: the one that `observer`
+    /// was told. Tickets stay valid either way.
+    fn load(
+        &self,
+        engine: &Engine,
+        items: &[LoadItem],
+        control: &Arc<Control>,
+        observer: &dyn LoadObserver,
+    ) -> Vec<Result<()>>;
 
     fn discard(&self, ticket: Arc<dyn Ticket>, why: Discard);
 

@@ -7,14 +7,14 @@ use super::fence::fence;
 use super::forward::forward;
 use super::result::{ResultOut, status_of, tms_result_t};
 use super::status::TMS_OK;
-use crate::allocator::{Outcome, Summary};
+use crate::allocator::{OrderedResume, Outcome, Summary};
 use crate::error::{Error, ErrorKind};
 use crate::op::{Ended, Ending, Op};
 
 /// A running or ended operation. Belongs to the caller, who frees it with tms_op_free.
 #[allow(non_camel_case_types)]
 pub struct tms_op_t {
-    op: Box<dyn Operation>,
+    pub(super) op: Box<dyn Operation>,
 }
 
 impl tms_op_t {
@@ -34,6 +34,11 @@ pub(super) trait Operation: Send + Sync {
     fn progress(&self) -> (u64, u64);
 
     fn eventfd(&self) -> i32;
+
+    /// The operation as an ordered resume, if it is one.
+    fn ordered(&self) -> Option<&OrderedResume> {
+        None
+    }
 }
 
 impl<T: Ending + Into<Outcome>> Operation for Op<T> {
@@ -51,6 +56,28 @@ impl<T: Ending + Into<Outcome>> Operation for Op<T> {
 
     fn eventfd(&self) -> i32 {
         Op::eventfd(self)
+    }
+}
+
+impl Operation for OrderedResume {
+    fn is_done(&self) -> bool {
+        Op::is_done(self)
+    }
+
+    fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
+        Op::wait(self, timeout)
+    }
+
+    fn progress(&self) -> (u64, u64) {
+        Op::progress(self)
+    }
+
+    fn eventfd(&self) -> i32 {
+        Op::eventfd(self)
+    }
+
+    fn ordered(&self) -> Option<&OrderedResume> {
+        Some(self)
     }
 }
 

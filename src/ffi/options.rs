@@ -25,7 +25,7 @@ pub struct tms_saver_options_t {
 pub struct tms_pause_options_t {
     /// sizeof this struct.
     pub struct_size: u32,
-    /// TMS_PAUSE_SKIP_EXPORTED.
+    /// TMS_PAUSE_SKIP_EXPORTED, TMS_PAUSE_COPY_ALL.
     pub flags: u32,
     /// Tags to pause; with tag_count 0 all allocations are selected and this may be NULL.
     pub tags: *const *const c_char,
@@ -38,6 +38,13 @@ pub struct tms_pause_options_t {
 
 /// Exported allocations stay active instead of making the call fail.
 pub const TMS_PAUSE_SKIP_EXPORTED: u32 = 1;
+/// Everything is copied. Without this flag, and unless TMS_UNCHANGED_CHECK=0, memory of a region that
+/// retains its backup in pinned memory is compared with that backup first, by a 128-bit fingerprint of
+/// each 2 MiB, and only what differs is copied. The key of the fingerprints is random and secret to
+/// the process; a block that changed is taken for unchanged with a probability of at most 2^-63,
+/// whatever its contents. A backup whose address tms_saver_backup_pointer gave out is always copied,
+/// and so is everything on devices that cannot compute fingerprints.
+pub const TMS_PAUSE_COPY_ALL: u32 = 2;
 
 /// What to resume. Zero-fill it, then set struct_size.
 #[repr(C)]
@@ -106,7 +113,7 @@ pub(super) unsafe fn pause_options(options: *const tms_pause_options_t) -> Resul
     let Some(options) = (unsafe { optional_struct(options, "options") })? else {
         return Ok(PauseOptions::all());
     };
-    if options.flags & !TMS_PAUSE_SKIP_EXPORTED != 0 {
+    if options.flags & !(TMS_PAUSE_SKIP_EXPORTED | TMS_PAUSE_COPY_ALL) != 0 {
         no_flags(options.flags)?;
     }
     // SAFETY: the caller's promise.
@@ -123,7 +130,9 @@ pub(super) unsafe fn pause_options(options: *const tms_pause_options_t) -> Resul
     if let Some(name) = backup {
         made = made.with_backup(name);
     }
-    Ok(made.with_skip_exported(options.flags & TMS_PAUSE_SKIP_EXPORTED != 0))
+    Ok(made
+        .with_skip_exported(options.flags & TMS_PAUSE_SKIP_EXPORTED != 0)
+        .with_copy_all(options.flags & TMS_PAUSE_COPY_ALL != 0))
 }
 
 /// # Safety

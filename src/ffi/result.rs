@@ -49,6 +49,9 @@ pub struct tms_result_t {
     pub failures: *mut tms_failure_t,
     /// Entries that fit the array; only the first are written if there are more.
     pub failures_capacity: usize,
+    /// Bytes that a retained backup had already, which a pause did not copy again (see
+    /// TMS_PAUSE_COPY_ALL). Not part of copied_bytes.
+    pub unchanged_bytes: u64,
 }
 
 // SAFETY: `repr(C)`, plain data, `struct_size` first.
@@ -99,6 +102,7 @@ impl ResultOut {
             shortfall_bytes: summary.shortfall_bytes,
             failures: self.failures,
             failures_capacity: self.capacity,
+            unchanged_bytes: summary.unchanged_bytes,
         };
         // SAFETY: valid for the stated size, see `new`.
         unsafe { fill_struct(self.pointer, self.stated, &value) };

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use adopt::Adopted;
 pub use arena::{Arena, ArenaStats, ArenaUse, Block};
 pub use limits::Headroom;
-pub use streams::{Settled, Streams};
+pub use streams::{Settled, SharedEvent, Streams};
 pub use workers::{Batch, Workers};
 
 use crate::config;
@@ -61,6 +61,8 @@ pub struct Engine {
     /// Streams by ordinal; never held across a device call.
     streams: Mutex<Vec<Option<Arc<Streams>>>>,
     ring: Mutex<Option<Arc<staging::Ring>>>,
+    /// For lists that devices read and write, kept from one pause to the next.
+    scratch: Mutex<Option<Block>>,
     staging_bytes: usize,
     /// What explicit copies know and hold, see [`copy::Copier`].
     copies: copy::State,
@@ -123,6 +125,7 @@ impl Engine {
             platform,
             streams: Mutex::default(),
             ring: Mutex::default(),
+            scratch: Mutex::default(),
             staging_bytes,
             copies: copy::State::default(),
             quarantine: Mutex::default(),
@@ -179,28 +182,41 @@ impl Engine {
         Ok(created)
     }
 
+    /// Pinned memory for lists that a device reads and writes, to be given back by
+    /// [`Self::keep_scratch`].
+    pub fn take_scratch(&self, device: &Arc<dyn Device>, bytes: u64) -> Result<Block> {
+        let kept = lock(&self.scratch).take();
+        match kept {
+            Some(kept) if kept.bytes() as u64 >= bytes => Ok(kept),
+            // A chunk of its own, which keeps no chunk of backups pinned.
+            _ => self.arena.allocate_alone(device, bytes),
+        }
+    }
+
+    /// Keeps the memory for the next [`Self::take_scratch`].
+    pub fn keep_scratch(&self, memory: Block) {
+        let replaced = lock(&self.scratch).replace(memory);
+        drop(replaced);
+    }
+
     /// Waits for the copies queued on the devices of `spans`. Unless it is certain that none runs
     /// any more, `memory` is kept until that is known.
     pub fn settle<M: Send + 'static>(
         &self,
         devices: &[Arc<dyn Device>],
         direction: Direction,
-        memory: impl FnOnce() -> M,
+        memory: impl Fn() -> M,
     ) -> Result<()> {
         let mut failure = None;
-        let mut unknown = None;
         for device in devices {
             match self.streams(device)?.settle(direction) {
                 Settled::Done => {}
                 Settled::Failed(error) => failure = Some(error),
                 Settled::Unknown(error) => {
-                    unknown = Some(Arc::clone(device));
+                    self.keep(Arc::clone(device), Box::new(memory()));
                     failure = Some(error);
                 }
             }
-        }
-        if let Some(device) = unknown {
-            self.keep(device, Box::new(memory()));
         }
         failure.map_or(Ok(()), Err)
     }

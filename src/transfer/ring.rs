@@ -236,7 +236,7 @@ impl Slot {
         address: Address,
         length: usize,
         direction: Direction,
-    ) -> Result<PooledEvent<'a>> {
+    ) -> Result<PooledEvent<&'a Streams>> {
         assert!(length <= PIECE);
         let device = &streams.device;
         let host = self.pointer() as u64;
@@ -262,7 +262,7 @@ impl Slot {
     fn finish(
         &mut self,
         streams: &Streams,
-        event: &PooledEvent<'_>,
+        event: &PooledEvent<&Streams>,
         direction: Direction,
     ) -> Result<()> {
         let waited = streams.device.event_synchronize(event.event());
@@ -317,7 +317,7 @@ pub struct Flight<'a> {
     slot: Slot,
     streams: &'a Streams,
     /// `None` once it was waited for.
-    event: Option<PooledEvent<'a>>,
+    event: Option<PooledEvent<&'a Streams>>,
     direction: Direction,
 }
 

@@ -1,6 +1,8 @@
-//! The streams of one device: one each way, because the bus carries both at once. Created with the
-//! first allocation of the device, so that a pause allocates nothing on it.
+//! The streams of one device: one each way, because the bus carries both at once, and one for work
+//! that stays on the device. Created with the first allocation of the device, so that a pause
+//! allocates nothing on it.
 
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::{Device, Direction, Event, Stream};
@@ -11,23 +13,32 @@ pub struct Streams {
     pub device: Arc<dyn Device>,
     to_host: Stream,
     to_device: Stream,
+    on_device: Stream,
     /// Events that nobody waits for, to be used again.
     events: Mutex<Vec<Event>>,
 }
 
 /// An event of the pool, given back when dropped.
-pub struct PooledEvent<'a> {
-    streams: &'a Streams,
+#[derive(Debug)]
+pub struct PooledEvent<S: Deref<Target = Streams>> {
+    streams: S,
     event: Event,
 }
 
-impl PooledEvent<'_> {
+/// An event that may outlive the call that recorded it.
+pub type SharedEvent = PooledEvent<Arc<Streams>>;
+
+impl<S: Deref<Target = Streams>> PooledEvent<S> {
     pub fn event(&self) -> Event {
         self.event
     }
+
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.streams.device
+    }
 }
 
-impl Drop for PooledEvent<'_> {
+impl<S: Deref<Target = Streams>> Drop for PooledEvent<S> {
     fn drop(&mut self) {
         self.streams.give_event(self.event);
     }
@@ -35,16 +46,24 @@ impl Drop for PooledEvent<'_> {
 
 impl Streams {
     pub fn new(device: Arc<dyn Device>) -> Result<Streams> {
-        let to_host = device.stream_create()?;
-        let to_device = device.stream_create().inspect_err(|_| {
-            if let Err(error) = device.stream_destroy(to_host) {
-                tracing::warn!("a stream is left over: {error}");
-            }
-        })?;
+        let mut made = Vec::new();
+        let mut create = || -> Result<Stream> {
+            let stream = device.stream_create().inspect_err(|_| {
+                for stream in std::mem::take(&mut made) {
+                    if let Err(error) = device.stream_destroy(stream) {
+                        tracing::warn!("a stream is left over: {error}");
+                    }
+                }
+            })?;
+            made.push(stream);
+            Ok(stream)
+        };
+        let (to_host, to_device, on_device) = (create()?, create()?, create()?);
         Ok(Streams {
             device,
             to_host,
             to_device,
+            on_device,
             events: Mutex::default(),
         })
     }
@@ -54,11 +73,21 @@ impl Streams {
     }
 
     /// An event for one wait.
-    pub fn event(&self) -> Result<PooledEvent<'_>> {
+    pub fn event(&self) -> Result<PooledEvent<&Streams>> {
         Ok(PooledEvent {
-            streams: self,
             event: self.take_event()?,
+            streams: self,
         })
+    }
+
+    /// A mark after what is queued in a direction so far, which others may wait for too.
+    pub fn mark(self: &Arc<Self>, direction: Direction) -> Result<SharedEvent> {
+        let marked = PooledEvent {
+            event: self.take_event()?,
+            streams: Arc::clone(self),
+        };
+        self.device.event_record(marked.event, self.of(direction))?;
+        Ok(marked)
     }
 
     /// An event that its user gives back by [`Self::give_event`].
@@ -74,7 +103,8 @@ impl Streams {
     pub fn of(&self, direction: Direction) -> Stream {
         match direction {
             Direction::ToHost => self.to_host,
-            Direction::ToDevice | Direction::OnDevice => self.to_device,
+            Direction::ToDevice => self.to_device,
+            Direction::OnDevice => self.on_device,
         }
     }
 
@@ -112,7 +142,7 @@ impl Drop for Streams {
         if crate::process::check().is_err() {
             return;
         }
-        for stream in [self.to_host, self.to_device] {
+        for stream in [self.to_host, self.to_device, self.on_device] {
             if let Err(error) = self.device.stream_destroy(stream) {
                 tracing::debug!("a stream is left over: {error}");
             }
