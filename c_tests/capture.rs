@@ -7,8 +7,8 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use support::FakeCuda;
-use tms_memcache::device;
-use tms_memcache::{ErrorKind, PauseOptions, Region, ResumeOptions, Saver};
+use tms_memcache::device::{self, Piece};
+use tms_memcache::{Copier, ErrorKind, PauseOptions, Region, ResumeOptions, Saver, Way};
 
 const GLOBAL: c_int = 0;
 const BLOCKING: c_uint = 0;
@@ -167,4 +167,52 @@ fn memory_put_off_comes_back_with_the_next_free() {
     assert_eq!(capture.end(), 0);
     saver.free(b).unwrap();
     assert_eq!(fake.live_bytes(0), 0);
+}
+
+#[test]
+fn copies_of_pinned_memory_are_captured_and_others_refused() {
+    let Some(_fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    let _alone = alone();
+    let saver = Saver::new(device::open("cuda").unwrap()).unwrap();
+    let region = Region::new("c").with_backup("pinned").with_retain(true);
+    let bytes = 2 << 20;
+    let address = support::filled(&saver, 0, bytes, 1, &region);
+    saver.pause(&PauseOptions::all()).status.unwrap();
+    saver.resume(&ResumeOptions::all()).status.unwrap();
+    // The backup, which is pinned memory that the host may read.
+    let pinned = saver.backup_pointer(address, bytes as u64).unwrap();
+    let other = saver
+        .malloc(bytes as u64, Some(0), &Region::new("o"))
+        .unwrap();
+    let copier = Copier::new(std::sync::Arc::clone(saver.engine()));
+    let pageable = vec![7u8; 4096];
+    let capture = Capture::begin(NON_BLOCKING);
+    let stream = capture.stream as u64;
+    let piece = |source: u64, at: u64| Piece {
+        destination: other + at,
+        source,
+        bytes: 4096,
+    };
+    let pieces: Vec<Piece> = (0..20)
+        .map(|index| piece(pinned.as_ptr() as u64 + index * 9000, index * 8192))
+        .collect();
+    // SAFETY: both sides live until the graph is gone; it is never launched.
+    unsafe {
+        copier.copy_on_stream(&pieces, Way::Any, stream).unwrap();
+        let error = copier
+            .copy_on_stream(&[piece(pageable.as_ptr() as u64, 0)], Way::Any, stream)
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Capture);
+        assert!(error.to_string().starts_with("stream: "), "{error}");
+    }
+    assert_eq!(capture.end(), 0, "the capture is whole");
+    // SAFETY: both sides live.
+    let ended = unsafe { copier.copy(&pieces, Way::ToDevice) };
+    ended.status.unwrap();
+    let mut got = vec![0; 4096];
+    saver.read(other + 8192, &mut got).unwrap();
+    assert!(got == support::pattern(bytes, 1)[9000..9000 + 4096]);
 }

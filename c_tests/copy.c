@@ -191,7 +191,7 @@ static void refusals(struct world *world)
     CHECK_OK(tms_op_free(op));
 
     /* Paused, then freed memory. */
-    char *paused = check_malloc(world->saver, SIZE, "paused", "pinned", 4);
+    char *paused = check_malloc(world->saver, SIZE, "paused", "pinned", 8);
     check_pause(world->saver, "paused");
     REFUSED(TMS_ERR_INVALID_ARGUMENT, "dst: there is no memory",
             tms_memcpy(engine, paused, host, 64, &certain));

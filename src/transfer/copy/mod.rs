@@ -141,8 +141,8 @@ impl Copier {
     /// Pinned and device memory is copied when the stream gets there. When this returns, pageable
     /// sources were read, and bytes for pageable destinations are there.
     ///
-    /// The stream is one of the calling thread's current device, unless no piece is of that device
-    /// and some are of another. While it is being captured, pageable memory is refused.
+    /// The stream is one of the calling thread's current device, or of a device of the memory if the
+    /// current one does not take part. While it is being captured, pageable memory is refused.
     ///
     /// # Safety
     /// As for [`Self::copy`], for pinned and device memory until the stream has passed.
@@ -342,17 +342,26 @@ impl Job<'_> {
         let engine = &self.copier.engine;
         let host = match self.stream {
             None => None,
-            Some(handle) => {
-                let current = engine.platform().current_device();
-                let devices: Vec<u32> = routes.flat_map(Route::devices).collect();
-                let device = match devices.first() {
-                    Some(first) if !devices.contains(&current) => *first,
-                    _ => current,
-                };
-                Some(HostStream::new(engine, device, handle)?)
-            }
+            Some(handle) => Some(self.host_stream(handle, routes.flat_map(Route::devices))?),
         };
         Ok(Run::new(engine, host, control))
+    }
+
+    /// The host's stream, which the driver does not tell the device of: it is of the current device,
+    /// unless it can be used with a device that takes part while the current one does not.
+    fn host_stream(&self, handle: u64, devices: impl Iterator<Item = u32>) -> Result<HostStream> {
+        let engine = &self.copier.engine;
+        let current = engine.platform().current_device();
+        let devices: Vec<u32> = devices.collect();
+        if let Some(first) = devices.first()
+            && !devices.contains(&current)
+        {
+            let host = HostStream::new(engine, *first, handle)?;
+            if host.fits() {
+                return Ok(host);
+            }
+        }
+        HostStream::new(engine, current, handle)
     }
 
     /// # Safety

@@ -38,6 +38,15 @@ impl HostStream {
         })
     }
 
+    /// Whether the stream is one of the device.
+    pub fn fits(&self) -> bool {
+        let recorded = self
+            .streams
+            .event()
+            .and_then(|event| self.streams.device.event_record(event.event(), self.stream));
+        recorded.is_ok()
+    }
+
     /// Waits for what was queued so far.
     fn wait(&self) -> Result<()> {
         let device = &self.streams.device;
@@ -175,16 +184,16 @@ impl Run {
                     .inspect_err(|_| self.lower(group.at()))
                     .and_then(|()| staged::on_host(&self.work, items)),
                 Route::ToDevice { device, pageable } => {
-                    self.to_or_from(device, Direction::ToDevice, pageable, items)
+                    self.queue_or_stage(device, Direction::ToDevice, pageable, items)
                 }
                 Route::ToHost { device, pageable } => {
-                    self.to_or_from(device, Direction::ToHost, pageable, items)
+                    self.queue_or_stage(device, Direction::ToHost, pageable, items)
                 }
                 Route::OnDevice { device } => {
-                    self.to_or_from(device, Direction::OnDevice, false, items)
+                    self.queue_or_stage(device, Direction::OnDevice, false, items)
                 }
                 Route::ToPeer { from, to } => self
-                    .to_peer(from, to, items)
+                    .submit_to_peer(from, to, items)
                     .inspect_err(|_| self.lower(group.at())),
             }
         }
@@ -192,7 +201,7 @@ impl Run {
 
     /// # Safety
     /// As for [`Self::submit`].
-    unsafe fn to_or_from(
+    unsafe fn queue_or_stage(
         &mut self,
         device: u32,
         direction: Direction,
@@ -219,7 +228,7 @@ impl Run {
 
     /// # Safety
     /// As for [`Self::submit`].
-    unsafe fn to_peer(&mut self, from: u32, to: u32, items: &[Item]) -> Result<()> {
+    unsafe fn submit_to_peer(&mut self, from: u32, to: u32, items: &[Item]) -> Result<()> {
         let direct = self.lane(from, Direction::OnDevice, false)?;
         let mut left = items;
         while let Some(item) = left.first() {
