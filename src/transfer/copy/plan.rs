@@ -75,6 +75,10 @@ pub(super) struct Planner<'a> {
     groups: Vec<Group>,
     /// The group of the last piece.
     current: usize,
+    /// The places and the way of the last piece, which most pieces share.
+    last: Option<((Place, Place), Route)>,
+    /// The most items that a group had: the next step is likely to have as many.
+    most: usize,
     at: u64,
 }
 
@@ -87,6 +91,8 @@ impl<'a> Planner<'a> {
             way,
             groups: Vec::new(),
             current: 0,
+            last: None,
+            most: 0,
             at: 0,
         }
     }
@@ -99,7 +105,10 @@ impl<'a> Planner<'a> {
     /// What was added since the last call.
     pub fn take(&mut self) -> Vec<Group> {
         self.current = 0;
-        std::mem::take(&mut self.groups)
+        let groups = std::mem::take(&mut self.groups);
+        let largest = groups.iter().map(|group| group.items.len()).max();
+        self.most = self.most.max(largest.unwrap_or(0));
+        groups
     }
 
     /// Adds the next piece. After an error nothing of it was added.
@@ -113,7 +122,15 @@ impl<'a> Planner<'a> {
             (piece.destination, piece.bytes),
             (piece.source, piece.bytes),
         )?;
-        let route = self.route(destination.place, source.place)?;
+        let places = (destination.place, source.place);
+        let route = match self.last {
+            Some((known, route)) if known == places => route,
+            _ => {
+                let route = self.route(places.0, places.1)?;
+                self.last = Some((places, route));
+                route
+            }
+        };
         let whole = Item {
             piece: *piece,
             at: self.at,
@@ -129,6 +146,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The ranges of both sides, each an address and the bytes that must be there.
+    #[inline]
     pub fn classify(
         &mut self,
         destination: (u64, u64),
@@ -191,7 +209,7 @@ impl<'a> Planner<'a> {
         known.unwrap_or_else(|| {
             self.groups.push(Group {
                 route,
-                items: Vec::new(),
+                items: Vec::with_capacity(self.most),
                 limits: (0, 0),
             });
             self.groups.len() - 1
