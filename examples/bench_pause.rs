@@ -244,8 +244,12 @@ fn run(arguments: Arguments) -> Result<bool> {
         }
         return Ok(true);
     }
-    let platform = tms_memcache::device::open_from_environment()?;
-    let sizes = Sizes::new(&arguments, &*platform);
+    // Closed again, so that the children have all of the device.
+    let (sizes, info) = {
+        let platform = tms_memcache::device::open_from_environment()?;
+        let info = platform.device(0)?.info().clone();
+        (Sizes::new(&arguments, &*platform), info)
+    };
     let wanted = |name: &str| {
         arguments.only.is_empty() || arguments.only.iter().any(|word| name.contains(&**word))
     };
@@ -260,7 +264,6 @@ fn run(arguments: Arguments) -> Result<bool> {
     if cases.is_empty() {
         return Err("no case has such a name here; --list prints them".into());
     }
-    let info = platform.device(0)?.info().clone();
     let touched = touch(&arguments, &sizes, info.kind)?;
     let mut report = Report::new(&info);
     for (name, _) in cases {

@@ -422,7 +422,7 @@ impl Bench {
         // Room for the gaps, which are widest beside pieces of 4 KiB, and for misaligned pieces.
         let room = size + size / 8 + (4 << 20);
         let allocate = || -> Result<DeviceMemory> {
-            let region = Region::new("bench_transfer");
+            let region = Region::new("bench_transfer").with_peer_access(true);
             let address = saver.malloc(room as u64, Some(arguments.device), &region)?;
             Ok(DeviceMemory {
                 device: arguments.device,
@@ -530,7 +530,7 @@ impl Bench {
         };
         let layout = Layout::new(case, self.size, self.small);
         if across {
-            let region = Region::new("bench_transfer");
+            let region = Region::new("bench_transfer").with_peer_access(true);
             let bytes = layout.to_bytes as u64;
             other.address = self.saver.malloc(bytes, Some(other.device), &region)?;
         }
@@ -664,13 +664,23 @@ impl Bench {
         let from = pinned(case.source, source);
         let lane = self.bare.lane(self.device)?;
         lane.enter()?;
+        let other = (self.device + 1) % self.devices;
+        let across = case.destination == Place::OtherDevice;
         let seconds = self.seconds(|| {
             // SAFETY: no side is smaller than the layout's bytes, and the lane is waited for.
-            unsafe { lane.copy(to, from, layout.bytes) }?;
+            unsafe {
+                match across {
+                    true => lane.copy_to_peer(other, to, from, layout.bytes),
+                    false => lane.copy(to, from, layout.bytes),
+                }
+            }?;
             lane.synchronize()
         })?;
-        let (_, queued) = self.bare.names();
-        Ok(Other::new(format!("{queued}, one piece"), seconds))
+        let name = match (across, self.kind) {
+            (true, DeviceKind::Cuda) => "cuMemcpyPeerAsync",
+            _ => self.bare.names().1,
+        };
+        Ok(Other::new(format!("{name}, one piece"), seconds))
     }
 
     /// One copy each way at once.

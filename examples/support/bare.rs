@@ -27,6 +27,7 @@ type OnHandle = unsafe extern "C" fn(Handle) -> c_int;
 type StreamCreate = unsafe extern "C" fn(*mut Handle, c_uint) -> c_int;
 type Copy = unsafe extern "C" fn(u64, u64, usize) -> c_int;
 type CopyAsync = unsafe extern "C" fn(u64, u64, usize, Handle) -> c_int;
+type CopyPeer = unsafe extern "C" fn(u64, Handle, u64, Handle, usize, Handle) -> c_int;
 type CopyRows = unsafe extern "C" fn(*const CUDA_MEMCPY2D_st, Handle) -> c_int;
 type Attributes = unsafe extern "C" fn(c_uint, *const c_int, *const Handle, u64) -> c_int;
 
@@ -37,6 +38,7 @@ struct Driver {
     stream_synchronize: OnHandle,
     copy: Copy,
     copy_async: CopyAsync,
+    copy_peer: CopyPeer,
     /// Missing from software drivers.
     copy_rows: Option<CopyRows>,
     attributes: Attributes,
@@ -92,6 +94,7 @@ impl Driver {
             stream_synchronize: entry!(c"cuStreamSynchronize" as OnHandle),
             copy: entry!(c"cuMemcpy" as Copy),
             copy_async: entry!(c"cuMemcpyAsync" as CopyAsync),
+            copy_peer: entry!(c"cuMemcpyPeerAsync" as CopyPeer),
             // SAFETY: NULL is the `None` of a function pointer; otherwise as for the others.
             copy_rows: unsafe { std::mem::transmute::<*mut c_void, Option<CopyRows>>(copy_rows) },
             attributes: entry!(c"cuPointerGetAttributes" as Attributes),
@@ -229,6 +232,28 @@ impl Lane<'_> {
         }
     }
 
+    /// Queues a copy from the lane's device to the device `peer`.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`].
+    pub unsafe fn copy_to_peer(
+        &self,
+        peer: u32,
+        destination: u64,
+        source: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        let Some(driver) = &self.bare.0 else {
+            // SAFETY: the caller's promise.
+            return unsafe { self.copy(destination, source, bytes) };
+        };
+        let (to, from) = (driver.contexts[peer as usize], driver.contexts[self.device]);
+        // SAFETY: the caller's promise; the contexts stay retained.
+        check("cuMemcpyPeerAsync", unsafe {
+            (driver.copy_peer)(destination, to, source, from, bytes, self.stream)
+        })
+    }
+
     /// Queues a copy of rows; `false` if the driver has no such function.
     ///
     /// # Safety
@@ -246,6 +271,7 @@ impl Lane<'_> {
         let Some(copy_rows) = driver.copy_rows else {
             return Ok(false);
         };
+        // Unified: the driver finds out from the address, which stands where a device's would.
         let copy = CUDA_MEMCPY2D_st {
             srcXInBytes: 0,
             srcY: 0,

@@ -353,7 +353,9 @@ pub trait Platform: Send + Sync + fmt::Debug {
     fn current_device(&self) -> u32;
 
     /// What kind of memory `address` belongs to. Any address may be asked for; it is not read. An
-    /// error for reserved device addresses without memory behind them, where that is known.
+    /// error for reserved device addresses without memory behind them, where that is known. Of
+    /// virtual memory the CUDA driver names the whole reservation, of which other parts may be
+    /// without memory.
     fn classify(&self, address: u64) -> Result<MemoryRange>;
 }
 
