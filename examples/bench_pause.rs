@@ -185,7 +185,7 @@ struct Sizes {
     bytes: u64,
     devices: u32,
     repeat: usize,
-    /// Seconds between a pause and its resume: the driver clears released memory in the
+    /// Before each resume, and each pause after one: the driver clears released memory in the
     /// background, which slows the copies of whoever resumes at once.
     idle: Duration,
     file: Option<PathBuf>,
@@ -194,7 +194,7 @@ struct Sizes {
 impl Sizes {
     fn new(arguments: &Arguments, platform: &dyn Platform) -> Sizes {
         let (count, bytes, idle) = match platform.kind() {
-            DeviceKind::Cuda => (320, 32 << 20, 300),
+            DeviceKind::Cuda => (320, 32 << 20, 30),
             DeviceKind::Host => (16, 2 << 20, 0),
         };
         let devices = arguments.devices.unwrap_or(4).min(platform.device_count());
@@ -632,6 +632,10 @@ impl Bench {
 
     fn resume(&self) -> Result<f64> {
         thread::sleep(self.sizes.idle);
+        self.resume_at_once()
+    }
+
+    fn resume_at_once(&self) -> Result<f64> {
         let started = Instant::now();
         let outcome = self.saver.resume(&ResumeOptions::tags([TAG]));
         finished(outcome, started)
@@ -641,6 +645,7 @@ impl Bench {
     fn cycles(&self) -> Result<[f64; 2]> {
         let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
         for _ in 0..self.sizes.repeat {
+            thread::sleep(self.sizes.idle);
             pauses.push(self.pause()?);
             resumes.push(self.resume()?);
         }
@@ -664,13 +669,21 @@ impl Bench {
 
     /// These rows are times, of driver calls alone.
     fn without_backup(&mut self, name: &str) -> Result<()> {
-        let (pause, resume) = (self.pause()?, self.resume()?);
-        let again = self.cycles()?;
+        let (pause, resume) = (self.pause()?, self.resume_at_once()?);
+        let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
+        for _ in 0..self.sizes.repeat {
+            pauses.push(self.pause()?);
+            resumes.push(self.resume_at_once()?);
+        }
+        // A device that had nothing to do answers its first calls more slowly.
+        let rested = self.cycles()?;
         for (part, seconds) in [
             ("first pause", pause),
             ("first resume", resume),
-            ("pause again", again[0]),
-            ("resume again", again[1]),
+            ("pause again", median(pauses)),
+            ("resume again", median(resumes)),
+            ("pause after a rest", rested[0]),
+            ("resume after a rest", rested[1]),
         ] {
             self.row(format!("{name}, {part}"), seconds).timed = true;
         }

@@ -64,14 +64,7 @@ impl<'a> Loading<'a> {
     fn try_queue(&mut self, index: usize) -> Result<usize> {
         let LoadItem { span, ticket } = &self.items[index];
         let streams = self.engine.streams(&span.device)?;
-        let range = (0, span.bytes);
-        own::<PinnedTicket>(ticket)?.copy(
-            &streams,
-            span,
-            range,
-            Direction::ToDevice,
-            self.control,
-        )?;
+        own::<PinnedTicket>(ticket)?.copy_back(&streams, span, self.control)?;
         let found = self
             .unmarked
             .iter()

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{BackupBackend, Discard, LoadItem, LoadObserver, StoreItem, Ticket, own};
 use crate::error::{Error, ErrorKind, Result};
 use crate::transfer::staging::{self, Sink, Source};
-use crate::transfer::{Control, Engine, Span, pages};
+use crate::transfer::{Control, Engine, Span, Workers, pages};
 
 pub struct MmapBackend;
 
@@ -15,6 +15,8 @@ pub struct MmapBackend;
 struct MmapTicket {
     pointer: NonNull<u8>,
     bytes: u64,
+    /// Unmap it when nobody waits for that.
+    workers: Arc<Workers>,
 }
 
 // SAFETY: the mapping belongs to the ticket; nothing about it depends on the thread.
@@ -23,13 +25,17 @@ unsafe impl Send for MmapTicket {}
 unsafe impl Sync for MmapTicket {}
 
 impl MmapTicket {
-    fn new(bytes: u64) -> Result<MmapTicket> {
+    fn new(engine: &Engine, bytes: u64) -> Result<MmapTicket> {
         let length = usize::try_from(bytes)
             .map_err(|_| Error::invalid("size", "does not fit the address space"))?;
         let base = pages::map(length)?;
         let pointer = NonNull::new(base as *mut u8)
             .ok_or_else(|| Error::new(ErrorKind::Internal, "memory was mapped at 0"))?;
-        Ok(MmapTicket { pointer, bytes })
+        Ok(MmapTicket {
+            pointer,
+            bytes,
+            workers: Arc::clone(engine.workers()),
+        })
     }
 }
 
@@ -130,7 +136,7 @@ impl BackupBackend for MmapBackend {
         for item in items {
             tickets.push(match &item.previous {
                 Some(previous) => Arc::clone(previous),
-                None => Arc::new(MmapTicket::new(item.span.bytes)?),
+                None => Arc::new(MmapTicket::new(engine, item.span.bytes)?),
             });
         }
         let spans: Vec<Span> = items.iter().map(|item| item.span.clone()).collect();
@@ -154,7 +160,14 @@ impl BackupBackend for MmapBackend {
         })
     }
 
-    fn discard(&self, ticket: Arc<dyn Ticket>, _why: Discard) {
-        drop(ticket);
+    fn discard(&self, ticket: Arc<dyn Ticket>, why: Discard) {
+        match own::<MmapTicket>(&ticket) {
+            // A resume does not wait for pages to be taken away, which costs a tenth of its time.
+            Ok(own) if why == Discard::Resumed => {
+                let workers = Arc::clone(&own.workers);
+                workers.submit(move || drop(ticket));
+            }
+            _ => drop(ticket),
+        }
     }
 }

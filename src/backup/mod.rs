@@ -5,6 +5,7 @@
 //! Loading reports each span on its own. When a span may be stored or loaded is decided by
 //! `allocator`; how the bytes travel is the business of `transfer`.
 
+mod copies;
 mod file;
 mod loading;
 mod mmap;

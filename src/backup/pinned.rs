@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::copies::Copies;
 use super::loading::Loading;
 use super::unchanged::{self, Check, Known, Part};
 use super::{BackupBackend, Discard, LoadItem, LoadObserver, StoreItem, Ticket, own};
@@ -61,32 +62,25 @@ impl PinnedTicket {
         self.block.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Queues the copy of a part of one span, as soon as its host memory is ready.
-    pub fn copy(
-        &self,
-        streams: &Streams,
-        span: &Span,
-        (offset, bytes): (u64, u64),
-        direction: Direction,
-        control: &Control,
-    ) -> Result<()> {
-        let guard = self.block();
-        let block = guard
-            .as_ref()
-            .ok_or_else(|| Error::new(ErrorKind::Internal, "the backup was discarded"))?;
+    /// The memory of the backup, until it is discarded.
+    fn memory(&self) -> Result<Arc<Block>> {
+        let block = self.block().clone();
+        block.ok_or_else(|| Error::new(ErrorKind::Internal, "the backup was discarded"))
+    }
+
+    /// Queues the copy of one span back to its device.
+    pub fn copy_back(&self, streams: &Streams, span: &Span, control: &Control) -> Result<()> {
+        let block = self.memory()?;
         control.check()?;
         block.wait()?;
-        let host = block.pointer().as_ptr() as u64 + offset;
-        let address = span.address + offset;
-        let (destination, source) = match direction {
-            Direction::ToHost => (host, address),
-            Direction::ToDevice | Direction::OnDevice => (address, host),
-        };
-        let stream = streams.of(direction);
+        let (stream, host) = (
+            streams.of(Direction::ToDevice),
+            block.pointer().as_ptr() as u64,
+        );
         // SAFETY: the block is as long as the span, and is kept until the stream was settled.
         unsafe {
             span.device
-                .copy(destination, source, bytes, direction, stream)
+                .copy(span.address, host, span.bytes, Direction::ToDevice, stream)
         }
     }
 }
@@ -166,7 +160,7 @@ impl BackupBackend for PinnedBackend {
             items,
             order,
             tickets: tickets.iter().map(own).collect::<Result<_>>()?,
-            control,
+            copies: Copies::new(control),
         }
         .run(check)?;
         control.unchanged.fetch_add(unchanged, Ordering::Relaxed);
@@ -235,7 +229,7 @@ struct Storing<'a> {
     items: &'a [StoreItem],
     order: Vec<usize>,
     tickets: Vec<&'a PinnedTicket>,
-    control: &'a Control,
+    copies: Copies,
 }
 
 impl Storing<'_> {
@@ -256,6 +250,8 @@ impl Storing<'_> {
         let queued = self
             .copy_whole(&whole)
             .and_then(|()| self.copy_changed(check.as_mut(), &mut unchanged));
+        // Copies into memory that is still being pinned are queued by those who pin it.
+        let queued = queued.and(self.copies.wait());
         let devices = devices_of(self.items.iter().map(|item| &item.span));
         let blocks = || {
             self.tickets
@@ -322,10 +318,21 @@ impl Storing<'_> {
         Ok(())
     }
 
+    /// Queues a copy as soon as its host memory is ready.
     fn copy(&self, part: Part) -> Result<()> {
         let span = &self.items[part.item].span;
         let streams = self.engine.streams(&span.device)?;
-        let range = (part.offset, part.bytes);
-        self.tickets[part.item].copy(&streams, span, range, Direction::ToHost, self.control)
+        let block = self.tickets[part.item].memory()?;
+        let host = block.pointer().as_ptr() as u64 + part.offset;
+        let (address, bytes) = (span.address + part.offset, part.bytes);
+        self.copies.queue(&block, move || {
+            let stream = streams.of(Direction::ToHost);
+            // SAFETY: the block is as long as the span; both are kept until the stream was settled,
+            // which happens after the last of these was done.
+            unsafe {
+                let direction = Direction::ToHost;
+                streams.device.copy(host, address, bytes, direction, stream)
+            }
+        })
     }
 }

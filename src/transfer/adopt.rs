@@ -65,6 +65,7 @@ impl Arena {
                 origin: Origin::Adopted {
                     _keeper: Arc::clone(&keeper),
                 },
+                jobs: Vec::new(),
             };
             self.state().insert(base, chunk);
             adopted.bases.push(base);

@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::chunk::{Chunk, Phase, release_memory};
+use super::chunk::{Chunk, Job, Phase, release_memory};
 use super::growth::Growth;
 use super::limits::Headroom;
 use super::pages::{self, HUGE, PAGE};
@@ -67,7 +67,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         for (base, chunk) in std::mem::take(&mut state.chunks) {
-            if let Err(kept) = release_memory(base, chunk) {
+            if let Some(kept) = release_memory(base, chunk) {
                 // The driver still knows the pages, so nobody else may get them.
                 std::mem::forget(kept);
             }
@@ -355,18 +355,42 @@ impl Arena {
     /// Notes the end of a chunk's growth.
     pub(super) fn finish(&self, base: usize, result: Result<()>) {
         let mut unused = false;
+        let mut jobs = Vec::new();
         if let Some(chunk) = lock(&self.inner).chunks.get_mut(&base) {
-            chunk.phase = match result {
+            chunk.phase = match &result {
                 Ok(()) => Phase::Ready,
-                Err(error) => Phase::Failed(error),
+                Err(error) => Phase::Failed(error.clone()),
             };
+            jobs = std::mem::take(&mut chunk.jobs);
             unused = chunk.used == 0;
+        }
+        for job in jobs {
+            job(result.clone());
         }
         self.inner.changed.notify_all();
         if unused {
             // Its blocks were given back while it grew, or it was made ahead.
             self.trim_in_background();
         }
+    }
+
+    /// Does a job once the chunk at `base` can be used, or cannot.
+    fn when_ready(&self, base: usize, job: Job) {
+        let result = {
+            let mut state = lock(&self.inner);
+            match state.chunks.get_mut(&base) {
+                Some(chunk) => match &chunk.phase {
+                    Phase::Growing => {
+                        chunk.jobs.push(job);
+                        return;
+                    }
+                    Phase::Ready => Ok(()),
+                    Phase::Failed(error) => Err(error.clone()),
+                },
+                None => Err(Error::new(ErrorKind::Internal, "the chunk is gone")),
+            }
+        };
+        job(result);
     }
 
     /// Waits until the chunk at `base` can be used.
@@ -571,18 +595,14 @@ impl Arena {
     pub(super) fn release(&self, base: usize, chunk: Option<Chunk>) -> bool {
         let Some(chunk) = chunk else { return true };
         let bytes = chunk.bytes;
-        let released = release_memory(base, chunk);
+        let kept = release_memory(base, chunk);
         let mut state = lock(&self.inner);
-        match released {
-            Ok(()) => {
-                state.pinned -= bytes;
-                true
-            }
-            Err(chunk) => {
-                state.chunks.insert(base, chunk);
-                false
-            }
+        let released = kept.is_none();
+        match kept {
+            None => state.pinned -= bytes,
+            Some(chunk) => drop(state.chunks.insert(base, chunk)),
         }
+        released
     }
 
     pub fn usage(&self) -> ArenaUse {
@@ -673,6 +693,14 @@ impl Block {
     /// Waits until the block is populated and registered.
     pub fn wait(&self) -> Result<()> {
         self.arena.wait(self.base)
+    }
+
+    /// Does `job` when the block is populated and registered, or cannot be: at once, on this thread,
+    /// or later on the one that registered it. That one comes first to the driver's lock, which a
+    /// thread that waits for blocks gets only after all registrations (measured on an H200, 10.7 GB
+    /// for the first time: 26 GB/s by a thread that waits, 40 so).
+    pub fn when_ready(&self, job: impl FnOnce(Result<()>) + Send + 'static) {
+        self.arena.when_ready(self.base, Box::new(job));
     }
 
     /// Gives the block back; if its chunk is empty then, it is unregistered before this returns.

@@ -27,6 +27,9 @@ pub(super) enum Origin {
     Adopted { _keeper: Arc<dyn Any + Send + Sync> },
 }
 
+/// What waits for a chunk, and hears whether it can be used.
+pub(super) type Job = Box<dyn FnOnce(Result<()>) + Send>;
+
 pub(super) struct Chunk {
     pub bytes: usize,
     /// Free ranges by offset; neighbours are merged.
@@ -36,6 +39,8 @@ pub(super) struct Chunk {
     /// The device whose context registered the memory, and must unregister it.
     pub device: Arc<dyn Device>,
     pub origin: Origin,
+    /// Done by whoever ends the growth.
+    pub jobs: Vec<Job>,
 }
 
 impl Chunk {
@@ -51,6 +56,7 @@ impl Chunk {
             phase: Phase::Growing,
             device: Arc::clone(device),
             origin: Origin::Own,
+            jobs: Vec::new(),
         }
     }
 
@@ -101,25 +107,25 @@ impl Chunk {
     }
 }
 
-/// Unregisters a chunk and gives its pages back to whom they belong. The chunk again if the driver
+/// Unregisters a chunk and gives its pages back to whom they belong. Returns the chunk if the driver
 /// kept it: then it stays mapped, because unmapping registered memory would leave the driver with
 /// dangling pages.
-pub(super) fn release_memory(base: usize, chunk: Chunk) -> Result<(), Chunk> {
+pub(super) fn release_memory(base: usize, chunk: Chunk) -> Option<Chunk> {
     if crate::process::check().is_err() {
-        return Err(chunk);
+        return Some(chunk);
     }
     if matches!(chunk.phase, Phase::Ready) {
         // SAFETY: the chunk has no block, so no copy uses it, and it was registered here.
         if let Err(error) = unsafe { chunk.device.unregister_host(base as *mut u8) } {
             tracing::warn!("pinned memory is released later: {error}");
-            return Err(chunk);
+            return Some(chunk);
         }
     }
     if chunk.is_own() {
         // SAFETY: mapped by `pages::map`, and nothing refers to it any more.
         unsafe { pages::unmap(base, chunk.bytes) };
     }
-    Ok(())
+    None
 }
 
 /// A panic becomes an error: whoever waits for the chunk must hear of it.

@@ -374,6 +374,25 @@ impl Pending {
     /// # Safety
     /// As for [`Lane::queue`].
     unsafe fn list(&mut self, engine: &Engine, lane: &mut Lane, piece: Piece) -> Result<()> {
+        let lent = match &self.list {
+            Some((sheet, _)) => matches!(sheet, Sheet::Lent(_)),
+            None => self.room.is_some(),
+        };
+        if lent {
+            // The lender counted the pieces as they are.
+            // SAFETY: by this function's contract.
+            return unsafe { self.enter(engine, lane, piece) };
+        }
+        for tile in piece.tiles() {
+            // SAFETY: by this function's contract; a tile is part of the piece.
+            unsafe { self.enter(engine, lane, tile) }?;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`Lane::queue`].
+    unsafe fn enter(&mut self, engine: &Engine, lane: &mut Lane, piece: Piece) -> Result<()> {
         let (sheet, count) = match &mut self.list {
             Some(begun) => begun,
             none => none.insert((

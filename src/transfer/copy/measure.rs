@@ -235,12 +235,15 @@ impl Scratch {
     fn time(&mut self, method: Method, direction: Direction, pieces: &[Piece]) -> Result<f64> {
         let streams = Arc::clone(&self.streams);
         let (device, stream) = (&streams.device, streams.of(direction));
-        let pieces = match method {
-            Method::Kernel => &pieces[..pieces.len().min(lists::PIECES)],
-            Method::Plain | Method::Batch => &pieces[..pieces.len().min(MOST_CALLS)],
+        let pieces: Vec<Piece> = match method {
+            Method::Kernel => {
+                let tiles = pieces.iter().flat_map(|piece| piece.tiles());
+                tiles.take(lists::PIECES).collect()
+            }
+            Method::Plain | Method::Batch => pieces.iter().take(MOST_CALLS).copied().collect(),
         };
         if let (Method::Kernel, Some(list)) = (method, &mut self.list) {
-            list.write(pieces);
+            list.write(&pieces);
         }
         let event = streams.event()?;
         let bytes: u64 = pieces.iter().map(|piece| piece.bytes).sum();
@@ -248,7 +251,7 @@ impl Scratch {
         self.busy = true;
         for round in 0..ROUNDS {
             let begun = Instant::now();
-            self.queue(&**device, method, direction, stream, pieces)?;
+            self.queue(&**device, method, direction, stream, &pieces)?;
             device.event_record(event.event(), stream)?;
             device.event_synchronize(event.event())?;
             if round > 0 {

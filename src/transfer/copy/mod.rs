@@ -394,7 +394,7 @@ impl Job<'_> {
         unsafe { self.perform(rows, control) }
     }
 
-    /// Checks the rows as a whole. Does the copy by one call of the driver where that is best.
+    /// Checks the rows as a whole. Does the copy by one call of the driver where one can.
     ///
     /// # Safety
     /// As for [`Self::perform`].
@@ -432,11 +432,10 @@ impl Job<'_> {
         let mut run = self.begin(std::iter::once(route), control)?;
         // SAFETY: by this function's contract.
         let submitted = unsafe { run.submit_pitched(pitched, device, direction) };
-        match submitted {
-            Ok(false) => Ok(None),
-            Ok(true) => Ok(Some(run.finish(Ok(()), total))),
-            Err(error) => Ok(Some(run.finish(Err(error), 0))),
-        }
+        Ok(Some(match submitted {
+            Ok(()) => run.finish(Ok(()), total),
+            Err(error) => run.finish(Err(error), 0),
+        }))
     }
 }
 

@@ -131,9 +131,9 @@ impl Table {
     }
 
     /// Takes over what was measured of one class, and the fastest method unless one was chosen.
-    /// Another method must be clearly faster than plain copies, which need the least.
+    /// Another method must be faster than plain copies, which need the least, by more than noise.
     pub(super) fn note(&mut self, direction: Direction, class: usize, measured: [f64; 3]) {
-        const CLEARLY: f64 = 1.05;
+        const CLEARLY: f64 = 1.02;
         let entry = &mut self.entries[row(direction)][class];
         entry.measured = measured;
         if entry.fixed {
