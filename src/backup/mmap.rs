@@ -165,7 +165,7 @@ impl BackupBackend for MmapBackend {
             // A resume does not wait for pages to be taken away, which costs a tenth of its time.
             Ok(own) if why == Discard::Resumed => {
                 let workers = Arc::clone(&own.workers);
-                workers.submit(move || drop(ticket));
+                workers.dispose(Box::new(ticket));
             }
             _ => drop(ticket),
         }

@@ -1,6 +1,7 @@
 //! A small pool of threads for work that keeps the bus busy: populating and pinning memory, copying
 //! between staging and pageable memory, file input and output. Jobs never wait for other jobs.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,10 @@ const MOST: usize = 16;
 
 struct Queue {
     jobs: VecDeque<Job>,
+    /// What is to be dropped when there is time.
+    refuse: VecDeque<Box<dyn Any + Send>>,
+    /// A job is dropping it.
+    disposing: bool,
     threads: usize,
     idle: usize,
     stopping: bool,
@@ -42,6 +47,8 @@ impl Workers {
             shared: Arc::new(Shared {
                 queue: Mutex::new(Queue {
                     jobs: VecDeque::new(),
+                    refuse: VecDeque::new(),
+                    disposing: false,
                     threads: 0,
                     idle: 0,
                     stopping: false,
@@ -83,6 +90,32 @@ impl Workers {
                 }
             }
         }
+    }
+}
+
+impl Workers {
+    /// Drops something whose end takes long, without anybody waiting. One thing at a time, so that
+    /// other jobs find threads.
+    pub fn dispose(&self, refuse: Box<dyn Any + Send>) {
+        {
+            let mut queue = lock(&self.shared.queue);
+            queue.refuse.push_back(refuse);
+            if std::mem::replace(&mut queue.disposing, true) {
+                return;
+            }
+        }
+        let shared = Arc::clone(&self.shared);
+        self.submit(move || {
+            loop {
+                let mut queue = lock(&shared.queue);
+                let Some(refuse) = queue.refuse.pop_front() else {
+                    queue.disposing = false;
+                    return;
+                };
+                drop(queue);
+                drop(refuse);
+            }
+        });
     }
 }
 
@@ -194,6 +227,27 @@ mod tests {
         }
         assert_eq!(batch.wait().unwrap_err().kind(), ErrorKind::InvalidArgument);
         assert_eq!(done.load(Ordering::Relaxed), 100);
+    }
+
+    #[test]
+    fn what_is_disposed_of_is_dropped_one_after_another() {
+        struct Counted(Arc<AtomicUsize>, Arc<AtomicUsize>);
+        impl Drop for Counted {
+            fn drop(&mut self) {
+                assert_eq!(self.1.fetch_add(1, Ordering::SeqCst), 0, "two at once");
+                std::thread::yield_now();
+                self.1.fetch_sub(1, Ordering::SeqCst);
+                self.0.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        let workers = Workers::new(4);
+        let (done, running) = (Arc::new(AtomicUsize::new(0)), Arc::default());
+        for _ in 0..50 {
+            workers.dispose(Box::new(Counted(Arc::clone(&done), Arc::clone(&running))));
+        }
+        while done.load(Ordering::SeqCst) < 50 {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
