@@ -635,6 +635,240 @@ fn memory_of_a_paused_allocation_is_an_error() {
     }
 }
 
+/// The driver tells the whole of a reservation for an address of it, but only a part has memory.
+#[test]
+fn a_part_of_a_reservation_without_memory_is_an_error_for_kernels_too() {
+    for platform in platforms() {
+        let mut world = World::new(platform, 4 * MIB);
+        world.set_tables("kernel");
+        let device = Arc::clone(&world.devices[0]);
+        let granule = device.info().granularity;
+        let address = device.reserve(4 * granule).unwrap();
+        // Memory, none, memory, none.
+        let made = [0, 2].map(|index| {
+            let at = address + index * granule;
+            let physical = device.create(granule, Default::default()).unwrap();
+            device.map(at, granule, physical).unwrap();
+            device.set_access(at, granule, &[]).unwrap();
+            (at, physical)
+        });
+        for (at, bytes) in [
+            (granule, 100),
+            (2 * granule - 50, 100),
+            (granule - 50, 100),
+            (granule - 50, granule + 100),
+            (3 * granule, 100),
+            (3 * granule - 1, 2),
+        ] {
+            for place in [1, PINNED, PAGEABLE] {
+                let other = world.places[place].address;
+                for down in [true, false] {
+                    let pieces = [(0, 100), (at, bytes), (300, 100)].map(|(offset, bytes)| {
+                        let (to, from) = (address + offset, other);
+                        Piece {
+                            destination: if down { to } else { from },
+                            source: if down { from } else { to },
+                            bytes,
+                        }
+                    });
+                    let (kind, text) = refusal(&world, &pieces, Way::Any);
+                    assert_eq!(kind, ErrorKind::InvalidArgument, "{text}");
+                    assert!(text.starts_with("copies[1]: "), "{text}");
+                }
+            }
+        }
+        // Nothing was broken.
+        let pieces = [0, 200].map(|at| world.piece((0, at), (PINNED, at), 100));
+        for at in [0, 200] {
+            world.expect((0, at), (PINNED, at), 100);
+        }
+        run(&world, &pieces, Form::Waiting, 0).unwrap();
+        for (at, physical) in made {
+            device.unmap(at, granule).unwrap();
+            device.release(physical).unwrap();
+        }
+        device.unreserve(address, 4 * granule).unwrap();
+        world.check("holes");
+    }
+}
+
+/// Pinned memory is read when the stream gets there, wherever it lies.
+#[test]
+fn pinned_memory_beside_pageable_memory_waits_for_the_stream() {
+    for platform in platforms() {
+        let world = World::new(platform, 32 * MIB);
+        let device = &world.devices[0];
+        let stream = device.stream_create().unwrap();
+        let block = mapped(34 * MIB).next_multiple_of(2 << 20);
+        // The last pages stay pageable.
+        let pinned = 32 * MIB - 8192;
+        // SAFETY: mapped above, unregistered below.
+        unsafe { device.register_host(block as *mut u8, pinned) }.unwrap();
+        let (here, there) = (world.places[0].address, world.places[1].address);
+        let tail = block + pinned as u64;
+        let piece = |destination, source, bytes: usize| Piece {
+            destination,
+            source,
+            bytes: bytes as u64,
+        };
+        for turn in 1..=5u8 {
+            device.fill(here, turn, pinned as u64, stream).unwrap();
+            let first = [piece(block, here, pinned)];
+            let second = [
+                piece(there, tail + 4096, 4096),
+                piece(there + 8192, tail - 4096, 4096),
+            ];
+            // SAFETY: all of it is mapped.
+            unsafe {
+                let copier = &world.copier;
+                copier.copy_on_stream(&first, Way::Any, stream.0).unwrap();
+                copier.copy_on_stream(&second, Way::Any, stream.0).unwrap();
+            }
+            device.stream_synchronize(stream).unwrap();
+            world.devices[1].synchronize().unwrap();
+            let mut got = vec![0; 4096];
+            world.saver.read(there + 8192, &mut got).unwrap();
+            assert!(got.iter().all(|&byte| byte == turn), "turn {turn}");
+        }
+        // SAFETY: no copy runs.
+        unsafe { device.unregister_host(block as *mut u8) }.unwrap();
+        device.stream_destroy(stream).unwrap();
+    }
+}
+
+/// What a stream of the host waits for may itself need the threads of the library.
+#[test]
+fn threads_do_not_wait_for_the_work_of_the_host() {
+    let Some(fake) = FakeCuda::loaded() else {
+        println!("needs the software driver: not selected");
+        return;
+    };
+    use std::ffi::c_void;
+    use std::sync::mpsc;
+    use tms_memcache::transfer::{Engine, EngineOptions};
+
+    unsafe extern "C" fn block(argument: *mut c_void) {
+        // SAFETY: the test passes a receiver that outlives the stream's work.
+        let _ = unsafe { &*argument.cast::<mpsc::Receiver<()>>() }.recv();
+    }
+    type Launch = unsafe extern "C" fn(u64, unsafe extern "C" fn(*mut c_void), *mut c_void) -> i32;
+
+    let platform = device::open("cuda").unwrap();
+    let world = World::new(Arc::clone(&platform), 4 * MIB);
+    let one = EngineOptions {
+        threads: 1,
+        ..EngineOptions::default()
+    };
+    let copier = Copier::new(Arc::new(Engine::with_options(platform, one).unwrap()));
+    let device = Arc::clone(&world.devices[0]);
+    let stream = device.stream_create().unwrap();
+    let (go, gate) = mpsc::channel::<()>();
+    let launched = in_context(&world, || {
+        // SAFETY: the type of the driver's function; the gate lives until the stream is done.
+        unsafe {
+            let launch: Launch = fake.entry("cuLaunchHostFunc");
+            launch(stream.0, block, (&raw const gate).cast_mut().cast())
+        }
+    });
+    assert_eq!(launched, 0);
+    let to_host = world.piece((PAGEABLE, 0), (0, 0), 3 * MIB);
+    let on_host = world.piece((PAGEABLE, 3 * MIB), (PINNED, 0), MIB);
+    let (done, ended) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            // SAFETY: in memory of the world.
+            unsafe { copier.copy_on_stream(&[to_host], Way::Any, stream.0) }
+        });
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        scope.spawn(|| {
+            // SAFETY: as above.
+            let status = unsafe { copier.copy(&[on_host], Way::Any) }.status;
+            done.send(status).unwrap();
+        });
+        let ended = ended.recv_timeout(std::time::Duration::from_secs(20));
+        go.send(()).unwrap();
+        waiting.join().unwrap().unwrap();
+        ended
+            .expect("a copy waited for the stream of another")
+            .unwrap();
+    });
+    device.stream_synchronize(stream).unwrap();
+    device.stream_destroy(stream).unwrap();
+}
+
+/// Calls the driver with the context of the world's first device current.
+fn in_context(world: &World, call: impl FnOnce() -> i32) -> i32 {
+    let mut call = Some(call);
+    let mut code = -1;
+    world.devices[0].together(&mut || {
+        if let Some(call) = call.take() {
+            code = call();
+        }
+    });
+    code
+}
+
+/// Runs one test of this program in a process with another environment.
+fn again(test: &str, environment: &[(&str, &str)]) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .envs(environment.iter().copied())
+        .env("TMS_TEST_AGAIN", "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{environment:?}: {text}");
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(told.contains("1 passed"), "{told}");
+}
+
+#[test]
+fn the_variable_chooses_methods_and_is_checked() {
+    const NAME: &str = "TMS_TRANSFER_TABLE";
+    if std::env::var_os("TMS_TEST_AGAIN").is_none() {
+        let test = "the_variable_chooses_methods_and_is_checked";
+        again(test, &[(NAME, "h2d:4096=plain,d2d:max=kernel")]);
+        again(test, &[(NAME, "h2d:4096=quick")]);
+        return;
+    }
+    let good = !std::env::var(NAME).unwrap().contains("quick");
+    for platform in platforms() {
+        let mut world = World::new(platform, MIB);
+        let table = world.copier.table(0);
+        let pieces = [0, 200].map(|at| world.piece((0, at), (PINNED, at), 100));
+        if good {
+            let table = table.unwrap();
+            assert!(table.contains("h2d:4096=plain"), "{table}");
+            assert!(table.contains("d2d:max=kernel"), "{table}");
+            for at in [0, 200] {
+                world.expect((0, at), (PINNED, at), 100);
+            }
+            run(&world, &pieces, Form::Waiting, 0).unwrap();
+        } else {
+            let error = table.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().starts_with(NAME), "{error}");
+            let (kind, text) = refusal(&world, &pieces, Way::Any);
+            assert_eq!(kind, ErrorKind::InvalidArgument, "{text}");
+        }
+        world.check("variable");
+    }
+}
+
+#[test]
+fn a_device_without_kernels_copies_everything() {
+    if FakeCuda::loaded().is_none() || std::env::var_os("TMS_TEST_AGAIN").is_some() {
+        println!("needs the software driver: not selected");
+        return;
+    }
+    let none = [("FAKECUDA_FAIL", "cuModuleLoadData:1:218:-1")];
+    again(
+        "lists_of_any_mix_are_copied_by_every_method_and_form",
+        &none,
+    );
+    again("the_table_is_measured_kept_and_overridden", &none);
+}
+
 #[test]
 fn freed_memory_and_memory_at_the_same_address_are_told_apart() {
     for platform in platforms() {

@@ -272,7 +272,12 @@ impl Arena {
 
     /// Whether `bytes` more may be pinned.
     pub(super) fn check_limit(&self, bytes: usize) -> Result<()> {
-        let pinned = lock(&self.inner).pinned;
+        self.check_limit_in(&lock(&self.inner), bytes)
+    }
+
+    /// The same with the lock held: what is inserted before it is released stays within the limit.
+    pub(super) fn check_limit_in(&self, state: &State, bytes: usize) -> Result<()> {
+        let pinned = state.pinned;
         if pinned.saturating_add(bytes) > self.inner.limit {
             return Err(Error::new(
                 ErrorKind::OutOfHostMemory,
@@ -292,12 +297,19 @@ impl Arena {
         let mut base = pages::map(total)?;
         pages::keep_from_children(base, total);
         pages::prefer_node(base, total, device.info().numa_node);
-        self.inner
-            .promised
-            .fetch_add(total as u64, Ordering::Relaxed);
         let mut chunks = Vec::with_capacity(plan.len());
         let mut blocks = Vec::new();
         let mut state = lock(&self.inner);
+        // Others may have grown since the limits were looked at.
+        if let Err(error) = self.check_limit_in(&state, total) {
+            drop(state);
+            // SAFETY: mapped above, and nobody knows of it.
+            unsafe { pages::unmap(base, total) };
+            return Err(error);
+        }
+        self.inner
+            .promised
+            .fetch_add(total as u64, Ordering::Relaxed);
         for planned in plan {
             let mut used = 0;
             for (index, bytes) in planned.parts {
@@ -792,6 +804,35 @@ mod tests {
         };
         assert_eq!(result, 0);
         pages.into_iter().filter(|page| page & 1 != 0).count()
+    }
+
+    #[test]
+    fn threads_that_grow_at_once_stay_within_the_limit() {
+        let both = std::sync::Barrier::new(2);
+        let asked = AtomicUsize::new(0);
+        // Each has looked at the limit when it comes here for the first time.
+        let (arena, device) = arena_with(3 * MIB, 0, move || {
+            if asked.fetch_add(1, Ordering::SeqCst) < 2 {
+                both.wait();
+            }
+            Some(PLENTY)
+        });
+        let allocate = || arena.try_allocate(&device, &[2 * MIB]);
+        let results = std::thread::scope(|scope| {
+            [scope.spawn(allocate), scope.spawn(allocate)].map(|thread| thread.join().unwrap())
+        });
+        let refused: Vec<_> = results
+            .iter()
+            .filter_map(|one| one.as_ref().err())
+            .collect();
+        assert_eq!(refused.len(), 1);
+        assert_eq!(refused[0].kind(), ErrorKind::OutOfHostMemory);
+        assert_eq!(arena.stats().high_water, 2 * MIB);
+        let headroom = || arena.headroom() == Some(PLENTY);
+        drop(results);
+        while !headroom() {
+            std::thread::yield_now();
+        }
     }
 
     fn until_pinned_is(arena: &Arena, bytes: u64) {

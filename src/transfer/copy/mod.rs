@@ -25,6 +25,7 @@ use crate::process;
 use crate::transfer::Engine;
 
 use plan::{Group, Planner, Route};
+use ranges::Care;
 use run::{HostStream, Run};
 
 pub use table::{Method, Table};
@@ -267,7 +268,7 @@ impl Job<'_> {
             .clone()
             .fold(0u64, |sum, piece| sum.saturating_add(piece.bytes));
         control.total.store(total, Ordering::Relaxed);
-        let mut planner = self.planner();
+        let mut planner = self.planner(pieces.len() > 1);
         let mut run = None;
         // SAFETY: by this function's contract.
         let submitted = unsafe { self.submit_all(pieces, &mut planner, &mut run, control) };
@@ -332,9 +333,14 @@ impl Job<'_> {
         unsafe { run.submit(&groups) }
     }
 
-    fn planner(&self) -> Planner<'_> {
+    /// `several` pieces may be copied by a kernel, one is not.
+    fn planner(&self, several: bool) -> Planner<'_> {
         let platform = &**self.copier.engine.platform();
-        Planner::new(platform, self.copier.devices.as_deref(), self.way)
+        let care = Care {
+            everywhere: several,
+            by_page: self.stream.is_some(),
+        };
+        Planner::new(platform, care, self.copier.devices.as_deref(), self.way)
     }
 
     /// A run whose first groups take these routes.
@@ -405,7 +411,7 @@ impl Job<'_> {
             .width
             .checked_mul(pitched.height)
             .ok_or_else(|| Error::invalid("height", "the rows do not fit the address space"))?;
-        let mut planner = self.planner();
+        let mut planner = self.planner(false);
         let (to, from) =
             planner.classify((pitched.destination, destination), (pitched.source, source))?;
         let route = planner.route(to.place, from.place)?;

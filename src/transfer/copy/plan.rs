@@ -2,7 +2,7 @@
 //! joins neighbours. One pass; nothing is copied here.
 
 use super::Way;
-use super::ranges::{Known, Ranges, Side};
+use super::ranges::{Care, Known, Ranges, Side};
 use crate::device::{Piece, Pitched, Place, Platform};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -84,9 +84,14 @@ pub(super) struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     /// `devices` are those that may be used, `None` for all.
-    pub fn new(platform: &'a dyn Platform, devices: Option<&'a [u32]>, way: Way) -> Planner<'a> {
+    pub fn new(
+        platform: &'a dyn Platform,
+        care: Care,
+        devices: Option<&'a [u32]>,
+        way: Way,
+    ) -> Planner<'a> {
         Planner {
-            ranges: Ranges::new(platform),
+            ranges: Ranges::new(platform, care),
             devices,
             way,
             groups: Vec::new(),
@@ -159,9 +164,14 @@ impl<'a> Planner<'a> {
         ))
     }
 
-    /// A piece that crosses from one registration into the next.
+    /// A piece that crosses from one allocation or registration into the next.
     fn push_parts(&mut self, route: Route, whole: Item) -> Result<()> {
-        let mut done = 0;
+        let (piece, mut done) = (&whole.piece, 0);
+        self.ranges.look_everywhere();
+        self.classify(
+            (piece.destination, piece.bytes),
+            (piece.source, piece.bytes),
+        )?;
         while done < whole.piece.bytes {
             let left = whole.piece.bytes - done;
             let rest = whole.part(done, left);

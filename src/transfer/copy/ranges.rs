@@ -7,19 +7,24 @@
 
 use std::collections::BTreeMap;
 
-use crate::device::{MemoryRange, Place, Platform};
+use crate::device::{DeviceKind, MemoryRange, Place, Platform};
 use crate::error::{Error, ErrorKind, Result};
 
-/// Device memory occupies whole blocks of addresses of this size, so what is pageable anywhere in
-/// one is host memory everywhere in it, whose extent the platform does not tell.
+/// Device memory is mapped in whole blocks of addresses of this size: what is true of one address
+/// in a block, whether memory is there and whether it is the host's, is true of all of it.
 const BLOCK: u64 = 2 << 20;
 
-/// Neighbouring addresses of one place.
+/// Host memory is registered in whole pages.
+const PAGE: u64 = 4 << 10;
+
+/// Neighbouring addresses of one place, with memory at each of them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Known {
     pub start: u64,
     pub end: u64,
     pub place: Place,
+    /// The end of the allocation, registration or reservation around them.
+    limit: u64,
 }
 
 impl Known {
@@ -27,12 +32,10 @@ impl Known {
         self.start <= address && address < self.end
     }
 
-    /// How far one copy may go: over the edge of a registration it may not.
+    /// How far one copy may go: a driver refuses those that cross from one registration or
+    /// allocation into the next.
     pub fn limit(&self) -> u64 {
-        match self.place {
-            Place::Pinned => self.end,
-            _ => u64::MAX,
-        }
+        self.limit
     }
 }
 
@@ -52,26 +55,45 @@ impl Side {
     }
 }
 
+/// What a call wants to know of its memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Care {
+    /// That there is memory at every address, not only at both ends of a piece: a kernel that
+    /// touches one without takes the whole context with it, where the driver would refuse a copy.
+    pub everywhere: bool,
+    /// Which pages are pinned, each by itself: those are left to the stream, and the others are
+    /// copied at once.
+    pub by_page: bool,
+}
+
 /// The memory of one call.
 pub(super) struct Ranges<'a> {
     platform: &'a dyn Platform,
+    care: Care,
     /// The range found last, by side: most pieces lie where the one before did.
     last: [Known; 2],
     known: BTreeMap<u64, Known>,
 }
 
 impl<'a> Ranges<'a> {
-    pub fn new(platform: &'a dyn Platform) -> Ranges<'a> {
+    pub fn new(platform: &'a dyn Platform, care: Care) -> Ranges<'a> {
         let nothing = Known {
             start: 0,
             end: 0,
             place: Place::Pageable,
+            limit: 0,
         };
         Ranges {
             platform,
+            care,
             last: [nothing; 2],
             known: BTreeMap::new(),
         }
+    }
+
+    /// From now on [`Care::everywhere`].
+    pub fn look_everywhere(&mut self) {
+        self.care.everywhere = true;
     }
 
     /// The range around `address`.
@@ -102,21 +124,36 @@ impl<'a> Ranges<'a> {
         let found = match range.place {
             Place::Pageable => {
                 check_readable(side, address)?;
-                let start = address / BLOCK * BLOCK;
+                let block = if self.care.by_page { PAGE } else { BLOCK };
+                let start = address / block * block;
                 Known {
                     start,
-                    end: start.saturating_add(BLOCK),
+                    end: start.saturating_add(block),
                     place: Place::Pageable,
+                    limit: u64::MAX,
                 }
             }
-            place => Known {
-                start: range.start,
-                end: end_of(&range, address),
-                place,
-            },
+            place => self.mapped(place, &range, address),
         };
         self.known.insert(found.start, found);
         Ok(found)
+    }
+
+    /// The part of a range that is certain to have memory. The CUDA driver tells the whole of a
+    /// reservation, of which other parts may be without: paused, or not mapped yet.
+    fn mapped(&self, place: Place, range: &MemoryRange, address: u64) -> Known {
+        let limit = end_of(range, address);
+        let (mut start, mut end) = (range.start, limit);
+        if self.platform.kind() == DeviceKind::Cuda {
+            let block = address / BLOCK * BLOCK;
+            (start, end) = (start.max(block), end.min(block.saturating_add(BLOCK)));
+        }
+        Known {
+            start,
+            end,
+            place,
+            limit,
+        }
     }
 
     /// The range around `address`, after it is certain that all of `bytes` (not 0) are of that
@@ -140,10 +177,13 @@ impl<'a> Ranges<'a> {
                 _ => Ok(()),
             };
         }
-        let mut at = first.end;
+        let (mut at, mut limit) = (first.end, first.limit);
         while at < end {
+            if !self.care.everywhere && limit > at {
+                at = at.max((end.min(limit) - 1) / BLOCK * BLOCK);
+            }
             match self.at(side, at) {
-                Ok(next) if next.place == first.place => at = next.end,
+                Ok(next) if next.place == first.place => (at, limit) = (next.end, next.limit),
                 Err(error) if error.kind() != ErrorKind::InvalidArgument => return Err(error),
                 _ => return Err(leaves(side, address, bytes, end - at)),
             }
@@ -200,7 +240,7 @@ fn nothing_at(side: Side, address: u64) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Device, DeviceKind};
+    use crate::device::Device;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -250,7 +290,7 @@ mod tests {
     #[test]
     fn a_range_is_asked_for_once() {
         let layout = Layout::default();
-        let mut ranges = Ranges::new(&layout);
+        let mut ranges = Ranges::new(&layout, Care::default());
         for piece in 0..4096 {
             let known = ranges.covering(Side::Source, MIB + piece * 256, 256);
             assert_eq!(known.unwrap().place, Place::Device(0));
@@ -263,7 +303,7 @@ mod tests {
     #[test]
     fn neighbours_of_one_place_count_together() {
         let layout = Layout::default();
-        let mut ranges = Ranges::new(&layout);
+        let mut ranges = Ranges::new(&layout, Care::default());
         ranges.covering(Side::Source, MIB + 5, 2 * MIB - 5).unwrap();
         let error = ranges
             .covering(Side::Source, MIB + 5, 2 * MIB + 2)
@@ -274,12 +314,15 @@ mod tests {
             text.starts_with("src: ") && text.ends_with(" by 7 bytes"),
             "{text}"
         );
+        // But no copy goes over their border.
+        let known = ranges.at(Side::Source, MIB + 5).unwrap();
+        assert_eq!(known.limit(), 2 * MIB);
     }
 
     #[test]
     fn memory_that_is_not_there_is_an_error() {
         let layout = Layout::default();
-        let mut ranges = Ranges::new(&layout);
+        let mut ranges = Ranges::new(&layout, Care::default());
         let here = [1u8; 64];
         ranges
             .covering(Side::Source, here.as_ptr() as u64, 64)

@@ -209,9 +209,12 @@ impl Run {
         items: &[Item],
     ) -> Result<()> {
         let at = items.first().map_or(u64::MAX, |item| item.at);
-        let lane = self
-            .lane(device, direction, pageable)
-            .inspect_err(|_| self.lower(at))?;
+        let mut lane = self.lane(device, direction, pageable);
+        if pageable && direction == Direction::ToHost {
+            // Here, so that no thread waits for work of the host: what ends that may need a thread.
+            lane = lane.and_then(|lane| self.host_done().map(|()| lane));
+        }
+        let lane = lane.inspect_err(|_| self.lower(at))?;
         let (work, lane) = (&self.work, &mut self.used[lane].lane);
         // SAFETY: by this function's contract.
         unsafe {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::Floor;
 use super::lane::Lane;
+use super::lists;
 use super::plan::Item;
 use crate::device::{Event, Piece};
 use crate::error::Result;
@@ -86,7 +87,10 @@ impl Iterator for Loads<'_> {
             bytes: 0,
         };
         let mut end = 0;
-        while let Some(item) = self.items.first() {
+        // Of more than one list a job would have to wait for the second.
+        while load.parts.len() < lists::PIECES
+            && let Some(item) = self.items.first()
+        {
             let item = item.part(self.skip, item.piece.bytes - self.skip);
             // A part alone needs no list.
             let room = match load.parts.len() as u64 {
@@ -352,6 +356,8 @@ pub(super) unsafe fn between_devices(
     choose(work, from, items)?;
     choose(work, to, items)?;
     if let Some(item) = items.first() {
+        // Both are waited for: where the first fails, the second may be told nothing of it.
+        from.begin(item.at);
         to.begin(item.at);
     }
     let loads = loads(work, items, |item| item.piece.source);
@@ -453,5 +459,27 @@ mod tests {
             assert_eq!(load.bytes, bytes);
         }
         assert_eq!(next, at);
+    }
+
+    #[test]
+    fn no_load_needs_a_second_list() {
+        let items: Vec<Item> = (0..2 * lists::PIECES as u64 + 7)
+            .map(|at| Item {
+                piece: Piece {
+                    destination: (1 << 30) + at * 2,
+                    source: (1 << 20) + at,
+                    bytes: 1,
+                },
+                at,
+            })
+            .collect();
+        let loads = Loads {
+            items: &items,
+            skip: 0,
+            most: PIECE as u64,
+            aligned: |item| item.piece.destination,
+        };
+        let parts: Vec<usize> = loads.map(|load| load.parts.len()).collect();
+        assert_eq!(parts, [lists::PIECES, lists::PIECES, 7]);
     }
 }
