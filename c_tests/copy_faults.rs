@@ -93,23 +93,26 @@ impl World {
         }
     }
 
-    fn get(&self, fake: &FakeCuda, place: Place, at: usize, bytes: usize) -> Vec<u8> {
+    fn holds(&self, fake: &FakeCuda, place: Place, at: usize, expected: &[u8]) -> bool {
         let address = self.address(place) + at as u64;
         match place {
-            Place::Device(_) => fake.peek(address, bytes),
+            Place::Device(_) => fake.holds(address, expected),
             // SAFETY: within the vectors; no copy runs.
-            _ => unsafe { std::slice::from_raw_parts(address as *const u8, bytes) }.to_vec(),
+            _ => {
+                expected
+                    == unsafe { std::slice::from_raw_parts(address as *const u8, expected.len()) }
+            }
         }
     }
 
-    fn fill(&self, place: Place, seed: u64) {
-        let data = pattern(BYTES, seed);
+    fn fill(&self, place: Place, data: &[u8]) {
+        assert!(data.len() <= BYTES);
         match place {
-            Place::Device(_) => self.saver.write(self.address(place), &data).unwrap(),
+            Place::Device(_) => self.saver.write(self.address(place), data).unwrap(),
             // SAFETY: within the vectors, which nobody borrows; no copy runs.
             _ => unsafe {
                 let to = self.address(place) as *mut u8;
-                std::ptr::copy_nonoverlapping(data.as_ptr(), to, BYTES);
+                std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len());
             },
         }
     }
@@ -156,6 +159,14 @@ impl Scenario {
         }
     }
 
+    /// Puts new bytes where the parts are copied from, and returns them.
+    fn fill(&self, world: &World, seed: u64) -> Vec<u8> {
+        let (last, bytes) = self.parts().pop().unwrap();
+        let data = pattern(last + bytes, seed);
+        world.fill(self.from, &data);
+        data
+    }
+
     /// Copies; the status, and how many bytes are said to be certain.
     fn run(&self, world: &World) -> (Result<()>, u64) {
         let (to, from) = (world.address(self.to), world.address(self.from));
@@ -191,14 +202,13 @@ impl Scenario {
         }
     }
 
-    /// That the first `certain` bytes are in place.
-    fn check(&self, fake: &FakeCuda, world: &World, seed: u64, certain: u64, what: &str) {
-        let data = pattern(BYTES, seed);
+    /// That the first `certain` bytes of what was filled in are in place.
+    fn check(&self, fake: &FakeCuda, world: &World, data: &[u8], certain: u64, what: &str) {
         let mut left = certain as usize;
         for (at, bytes) in self.parts() {
             let bytes = bytes.min(left);
             assert!(
-                world.get(fake, self.to, at, bytes) == data[at..at + bytes],
+                world.holds(fake, self.to, at, &data[at..at + bytes]),
                 "{what}: a byte that is certain is not there, at {at}"
             );
             left -= bytes;
@@ -277,7 +287,7 @@ fn every_call_of_a_copy_fails_once() {
             let mut seed = 1;
             // The first one creates what later ones use again.
             for _ in 0..2 {
-                world.fill(scenario.from, seed);
+                scenario.fill(&world, seed);
                 scenario.run(&world).0.unwrap();
             }
             let live = (
@@ -294,20 +304,20 @@ fn every_call_of_a_copy_fails_once() {
             for (code, repeat) in [(OUT_OF_MEMORY, 1), (UNKNOWN, 1), (UNKNOWN, 4)] {
                 for nth in (1..=calls).step_by(step) {
                     seed += 1;
-                    world.fill(scenario.from, seed);
+                    let data = scenario.fill(&world, seed);
                     fake.reset_count();
                     fake.fail_any(nth, code, repeat);
                     let (status, certain) = scenario.run(&world);
                     fake.reset_faults();
                     let what = format!("{name}: call {nth} of {calls} -> {code}: {status:?}");
-                    scenario.check(&fake, &world, seed, certain, &what);
+                    scenario.check(&fake, &world, &data, certain, &what);
                     let total: usize = scenario.parts().iter().map(|part| part.1).sum();
                     if status.is_ok() {
                         assert_eq!(certain as usize, total, "{what}");
                     }
                     let (repeated, certain) = scenario.run(&world);
                     repeated.unwrap_or_else(|error| panic!("{what}; repeated: {error}"));
-                    scenario.check(&fake, &world, seed, certain, &what);
+                    scenario.check(&fake, &world, &data, certain, &what);
                     let now = (
                         fake.live_bytes(0),
                         fake.live_bytes(1),
@@ -348,18 +358,18 @@ fn the_first_copy_and_its_measurements_fail_anywhere() {
     for nth in few.chain(calls - 40..=calls) {
         for repeat in [1, 6] {
             let world = World::new(None);
-            world.fill(scenario.from, nth);
+            let data = scenario.fill(&world, nth);
             let live = (fake.live_bytes(0), fake.reserved_bytes());
             fake.reset_count();
             fake.fail_any(nth, UNKNOWN, repeat);
             let (status, certain) = scenario.run(&world);
             fake.reset_faults();
             let what = format!("call {nth} of {calls}, {repeat} times: {status:?}");
-            scenario.check(&fake, &world, nth, certain, &what);
+            scenario.check(&fake, &world, &data, certain, &what);
             // Measuring is tried again, which gives back what it had left.
             let (repeated, certain) = scenario.run(&world);
             repeated.unwrap_or_else(|error| panic!("{what}; repeated: {error}"));
-            scenario.check(&fake, &world, nth, certain, &what);
+            scenario.check(&fake, &world, &data, certain, &what);
             assert_eq!((fake.live_bytes(0), fake.reserved_bytes()), live, "{what}");
             drop(world);
             assert_eq!(fake.live_bytes(0), 0, "{what}");

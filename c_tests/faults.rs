@@ -24,8 +24,14 @@ fn alone() -> MutexGuard<'static, ()> {
 
 struct Set {
     saver: Saver,
-    /// Address, bytes, seed, whether contents are kept.
-    made: Vec<(u64, usize, u64, bool)>,
+    made: Vec<Made>,
+}
+
+struct Made {
+    address: u64,
+    contents: Vec<u8>,
+    /// Whether a pause keeps the contents.
+    kept: bool,
 }
 
 impl Set {
@@ -49,8 +55,11 @@ impl Set {
             for device in 0..2 {
                 let seed = (index * 2 + device) as u64;
                 let bytes = (2 << 20) + index * 1_000_003;
-                let address = support::filled(&saver, device as u32, bytes, seed, &region);
-                made.push((address, bytes, seed, kept));
+                made.push(Made {
+                    address: support::filled(&saver, device as u32, bytes, seed, &region),
+                    contents: pattern(bytes, seed),
+                    kept,
+                });
             }
         }
         Set { saver, made }
@@ -59,15 +68,16 @@ impl Set {
     /// Contents of what is active, looked at without the driver: after a pause that failed all of
     /// it, after a resume what is kept.
     fn check_active(&self, fake: &FakeCuda, all: bool, what: &str) {
-        for &(address, bytes, seed, kept) in &self.made {
+        for made in &self.made {
+            let address = made.address;
             let state = self.saver.query(address).unwrap().state;
             assert!(
                 matches!(state, State::Active | State::Paused),
                 "{what}: {address:#x} is left {state:?}"
             );
-            if state == State::Active && (kept || all) {
+            if state == State::Active && (made.kept || all) {
                 assert!(
-                    fake.peek(address, bytes) == pattern(bytes, seed),
+                    fake.holds(address, &made.contents),
                     "{what}: bytes lost at {address:#x}"
                 );
             }
@@ -75,23 +85,21 @@ impl Set {
     }
 
     fn refill(&self) {
-        for &(address, bytes, seed, kept) in &self.made {
-            if !kept {
-                self.saver.write(address, &pattern(bytes, seed)).unwrap();
-            }
+        for made in self.made.iter().filter(|made| !made.kept) {
+            self.saver.write(made.address, &made.contents).unwrap();
         }
     }
 
     fn all_are(&self, state: State) -> bool {
         self.made
             .iter()
-            .all(|&(address, ..)| self.saver.query(address).unwrap().state == state)
+            .all(|made| self.saver.query(made.address).unwrap().state == state)
     }
 
     fn bytes_on(&self, device: u32) -> u64 {
         self.made
             .iter()
-            .map(|&(address, ..)| self.saver.query(address).unwrap())
+            .map(|made| self.saver.query(made.address).unwrap())
             .filter(|info| info.device == device)
             .map(|info| info.bytes)
             .sum()

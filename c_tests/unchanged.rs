@@ -370,7 +370,7 @@ fn every_call_fails_once() {
     let saver = Saver::new(device::open("cuda").unwrap()).unwrap();
     let mut made: Vec<Mirror> = (0..4)
         .map(|seed| {
-            let bytes = (1 + seed as usize) * BLOCK as usize;
+            let bytes = (1 + seed as usize % 2) * BLOCK as usize;
             Mirror::new(&saver, seed as u32 % 2, bytes, seed, &retaining())
         })
         .collect();
@@ -379,8 +379,8 @@ fn every_call_fails_once() {
         resume(saver);
         summary
     };
-    assert_eq!(blocks(&cycle(&saver)), (10, 0));
-    assert_eq!(blocks(&cycle(&saver)), (0, 10));
+    assert_eq!(blocks(&cycle(&saver)), (6, 0));
+    assert_eq!(blocks(&cycle(&saver)), (0, 6));
     let mut dice = Dice(4_711);
     let mut change = |made: &mut Vec<Mirror>, count: u64| -> Vec<(usize, u64)> {
         let mut flipped = Vec::new();
@@ -396,7 +396,7 @@ fn every_call_fails_once() {
         for one in made {
             let state = saver.query(one.address).unwrap().state;
             assert!(
-                state != State::Active || fake.peek(one.address, one.bytes.len()) == one.bytes,
+                state != State::Active || fake.holds(one.address, &one.bytes),
                 "{what}: {:#x}",
                 one.address
             );
@@ -431,10 +431,10 @@ fn every_call_fails_once() {
                 change(&mut made, 1);
             }
             let summary = cycle(&saver);
-            assert_eq!(summary.copied_bytes + summary.unchanged_bytes, 10 * BLOCK);
+            assert_eq!(summary.copied_bytes + summary.unchanged_bytes, 6 * BLOCK);
             kept(&made, &what);
             if nth % 4 == 0 {
-                assert_eq!(blocks(&cycle(&saver)), (0, 10), "{what}");
+                assert_eq!(blocks(&cycle(&saver)), (0, 6), "{what}");
             }
         }
     }
