@@ -272,8 +272,13 @@ impl Saver {
         if let Some(physical) = taken {
             let device = Arc::clone(&item.allocation.device);
             let mut residue = Residue::of(device, item.address, item.bytes).with_memory(physical);
-            // A copy that failed may have left others of it on their way.
+            // A copy that failed may have left others of it on their way, and a peer may wait for it.
             residue.unsettled = true;
+            residue.peers = Self::peers_in_use(
+                self.platform(),
+                &item.allocation.device,
+                &item.allocation.region,
+            );
             self.clear_or_keep(residue);
         }
     }
