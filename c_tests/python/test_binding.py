@@ -144,6 +144,8 @@ class SaverTest(unittest.TestCase):
                 self.assertTrue(operation.ready(address + 100))
                 self.assertEqual(ctypes.string_at(address, SIZE), data)
             self.assertEqual(operation.wait(30).done_count, 4)
+            with self.assertRaisesRegex(TypeError, "^stream must be an integer"):
+                operation.stream_wait(order[0], "stream")
             with self.assertRaises(tms.TmsError) as caught:
                 operation.ready(other)
             self.assertEqual(caught.exception.name, "NOT_FOUND")
@@ -156,6 +158,8 @@ class SaverTest(unittest.TestCase):
         self.assertEqual(self.saver.resume_ordered_async([], wait_ms=5).wait().done_count, 0)
         with self.assertRaises(ValueError):
             self.saver.resume_ordered_async([other], wait_ms=-1)
+        with self.assertRaisesRegex(TypeError, r"^addresses\[1\] must be an integer"):
+            self.saver.resume_ordered_async([other, None])
 
     def test_unchanged_memory_is_not_copied_again(self):
         address, data = self.filled("weights", "pinned", retain=True)
@@ -205,6 +209,8 @@ class SaverTest(unittest.TestCase):
             ):
                 with self.assertRaisesRegex(ValueError, "bytes must be 0 to"):
                     call(size)
+        with self.assertRaisesRegex(TypeError, "^bytes must be an integer, not str"):
+            self.saver.prewarm("1G")
 
     def test_wait_ms_has_a_range(self):
         for wait_ms in (-1, 1 << 32):

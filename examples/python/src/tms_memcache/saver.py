@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import operator
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,10 +236,14 @@ def _tags(options: ctypes.Structure, tags: Tuple[str, ...]) -> None:
 
 
 def _unsigned(name: str, value: int) -> int:
-    """``value``, which ctypes would cut to 64 bits without a word."""
-    if not 0 <= value <= _UINT64_MAX:
-        raise ValueError(f"{name} must be 0 to {_UINT64_MAX}, and is {value}")
-    return value
+    """``value``, which ctypes would cut to 64 bits, or take from a string, without a word."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if not 0 <= number <= _UINT64_MAX:
+        raise ValueError(f"{name} must be 0 to {_UINT64_MAX}, and is {number}")
+    return number
 
 
 def _pause_options(
@@ -390,7 +395,8 @@ class OrderedResume(Operation):
         waits until memory is mapped, and for other backups than ``"pinned"`` until they are there,
         as on the host device.
         """
-        c.check(c.load().tms_op_stream_wait(self._live(), address, stream))
+        number = _unsigned("stream", stream)
+        c.check(c.load().tms_op_stream_wait(self._live(), address, number))
 
 
 AnyOperation = TypeVar("AnyOperation", bound=Operation)
@@ -534,11 +540,12 @@ class Saver:
         Work can start with the first of them while the rest arrives.
         """
         options = _resume_options((), wait_ms)
-        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        numbers = [_unsigned(f"addresses[{at}]", each) for at, each in enumerate(addresses)]
+        pointers = (ctypes.c_void_p * len(numbers))(*numbers)
         out = ctypes.c_void_p()
         c.check(
             c.load().tms_saver_resume_ordered_async(
-                self._live(), pointers, len(addresses), ctypes.byref(options), ctypes.byref(out)
+                self._live(), pointers, len(numbers), ctypes.byref(options), ctypes.byref(out)
             )
         )
         return self._operation(out.value, OrderedResume)
