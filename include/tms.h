@@ -743,8 +743,8 @@ typedef struct {
     const int32_t *devices;
     /**
      * Pinned memory that bytes pass through on their way to and from pageable memory, bytes, up to
-     * 1 TiB; rounded up to whole slots of 2 MiB, at least two. 0: 64 MiB. It is taken when first
-     * needed.
+     * 1 TiB; rounded up to whole slots of 4 MiB, at least two. 0: two slots for each thread. It is
+     * taken when first needed.
      */
     uint64_t staging_bytes;
 } tms_transfer_options_t;

@@ -58,8 +58,8 @@ pub struct tms_transfer_options_t {
     /// Ordinals of the devices that copies may use; with device_count 0 all, and this may be NULL.
     pub devices: *const i32,
     /// Pinned memory that bytes pass through on their way to and from pageable memory, bytes, up to
-    /// 1 TiB; rounded up to whole slots of 2 MiB, at least two. 0: 64 MiB. It is taken when first
-    /// needed.
+    /// 1 TiB; rounded up to whole slots of 4 MiB, at least two. 0: two slots for each thread. It is
+    /// taken when first needed.
     pub staging_bytes: u64,
 }
 
