@@ -138,7 +138,10 @@ impl Saver {
         match self.back_all(&items) {
             Ok(()) => {
                 load(&mut items);
-                self.finish(items)
+                let outcome = self.finish(items);
+                // What the backups took of the host is free again when this returns.
+                self.inner.engine.workers().wait_for_disposal();
+                outcome
             }
             Err(error) => {
                 for item in items {

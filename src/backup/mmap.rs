@@ -162,7 +162,7 @@ impl BackupBackend for MmapBackend {
 
     fn discard(&self, ticket: Arc<dyn Ticket>, why: Discard) {
         match own::<MmapTicket>(&ticket) {
-            // A resume does not wait for pages to be taken away, which costs a tenth of its time.
+            // By several threads; whoever resumed waits for them.
             Ok(own) if why == Discard::Resumed => {
                 let workers = Arc::clone(&own.workers);
                 workers.dispose(Box::new(ticket));

@@ -13,12 +13,15 @@ type Job = Box<dyn FnOnce() + Send>;
 /// More threads than this do not copy faster: so many reach the speed of the memory.
 const MOST: usize = 16;
 
+/// Threads that give pages back at the same time. One needs a tenth of the time of a resume from
+/// ordinary memory (measured on an H200: 27 ms for 10.7 GB).
+const DISPOSERS: usize = 4;
+
 struct Queue {
     jobs: VecDeque<Job>,
-    /// What is to be dropped when there is time.
+    /// What is to be dropped, and how many jobs are at that.
     refuse: VecDeque<Box<dyn Any + Send>>,
-    /// A job is dropping it.
-    disposing: bool,
+    disposing: usize,
     threads: usize,
     idle: usize,
     stopping: bool,
@@ -28,6 +31,7 @@ struct Shared {
     /// Protects the queue only; never held while a job runs.
     queue: Mutex<Queue>,
     changed: Condvar,
+    disposed: Condvar,
     most: usize,
 }
 
@@ -48,12 +52,13 @@ impl Workers {
                 queue: Mutex::new(Queue {
                     jobs: VecDeque::new(),
                     refuse: VecDeque::new(),
-                    disposing: false,
+                    disposing: 0,
                     threads: 0,
                     idle: 0,
                     stopping: false,
                 }),
                 changed: Condvar::new(),
+                disposed: Condvar::new(),
                 most: threads.clamp(1, MOST),
             }),
         }
@@ -94,28 +99,39 @@ impl Workers {
 }
 
 impl Workers {
-    /// Drops something whose end takes long, without anybody waiting. One thing at a time, so that
-    /// other jobs find threads.
+    /// Drops something whose end takes long. See [`Self::wait_for_disposal`].
     pub fn dispose(&self, refuse: Box<dyn Any + Send>) {
         {
             let mut queue = lock(&self.shared.queue);
             queue.refuse.push_back(refuse);
-            if std::mem::replace(&mut queue.disposing, true) {
+            if queue.disposing == DISPOSERS {
                 return;
             }
+            queue.disposing += 1;
         }
         let shared = Arc::clone(&self.shared);
         self.submit(move || {
             loop {
                 let mut queue = lock(&shared.queue);
                 let Some(refuse) = queue.refuse.pop_front() else {
-                    queue.disposing = false;
+                    queue.disposing -= 1;
+                    shared.disposed.notify_all();
                     return;
                 };
                 drop(queue);
                 drop(refuse);
             }
         });
+    }
+
+    /// Waits until all that was to be dropped is.
+    pub fn wait_for_disposal(&self) {
+        drop(
+            self.shared
+                .disposed
+                .wait_while(lock(&self.shared.queue), |queue| queue.disposing > 0)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 }
 
@@ -230,23 +246,23 @@ mod tests {
     }
 
     #[test]
-    fn what_is_disposed_of_is_dropped_one_after_another() {
-        struct Counted(Arc<AtomicUsize>, Arc<AtomicUsize>);
+    fn what_is_disposed_of_is_gone_after_the_wait() {
+        struct Counted(Arc<AtomicUsize>);
         impl Drop for Counted {
             fn drop(&mut self) {
-                assert_eq!(self.1.fetch_add(1, Ordering::SeqCst), 0, "two at once");
                 std::thread::yield_now();
-                self.1.fetch_sub(1, Ordering::SeqCst);
                 self.0.fetch_add(1, Ordering::SeqCst);
             }
         }
-        let workers = Workers::new(4);
-        let (done, running) = (Arc::new(AtomicUsize::new(0)), Arc::default());
-        for _ in 0..50 {
-            workers.dispose(Box::new(Counted(Arc::clone(&done), Arc::clone(&running))));
-        }
-        while done.load(Ordering::SeqCst) < 50 {
-            std::thread::yield_now();
+        let workers = Workers::new(3);
+        let done = Arc::new(AtomicUsize::new(0));
+        workers.wait_for_disposal();
+        for round in 1..=10 {
+            for _ in 0..50 {
+                workers.dispose(Box::new(Counted(Arc::clone(&done))));
+            }
+            workers.wait_for_disposal();
+            assert_eq!(done.load(Ordering::SeqCst), 50 * round);
         }
     }
 
