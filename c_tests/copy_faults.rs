@@ -1,4 +1,4 @@
-//! Every driver call of a copy fails once, with out-of-memory and with a code that nobody knows; then
+//! Every driver call of a copy fails once, with out-of-memory or with a code that nobody knows; then
 //! several in a row. After each: a status, every byte that is said to be certain is there, the same
 //! copy succeeds when repeated, and nothing is leaked. Needs the software driver with two devices
 //! (`TMS_TEST_CUDA=1`, `FAKECUDA_DEVICES=2`).
@@ -14,7 +14,7 @@ use tms_memcache::{Copier, ErrorKind, Region, Result, Saver, Way};
 const OUT_OF_MEMORY: i32 = 2;
 const UNKNOWN: i32 = 12_345;
 const MIB: usize = 1 << 20;
-const BYTES: usize = 4 * MIB;
+const BYTES: usize = MIB;
 
 /// Faults are the process's, so the tests of this program take turns.
 fn alone() -> MutexGuard<'static, ()> {
@@ -93,15 +93,12 @@ impl World {
         }
     }
 
-    fn holds(&self, fake: &FakeCuda, place: Place, at: usize, expected: &[u8]) -> bool {
+    fn get(&self, fake: &FakeCuda, place: Place, at: usize, bytes: usize) -> Vec<u8> {
         let address = self.address(place) + at as u64;
         match place {
-            Place::Device(_) => fake.holds(address, expected),
+            Place::Device(_) => fake.peek(address, bytes),
             // SAFETY: within the vectors; no copy runs.
-            _ => {
-                expected
-                    == unsafe { std::slice::from_raw_parts(address as *const u8, expected.len()) }
-            }
+            _ => unsafe { std::slice::from_raw_parts(address as *const u8, bytes) }.to_vec(),
         }
     }
 
@@ -150,9 +147,20 @@ struct Scenario {
     to: Place,
     shape: Shape,
     stream: bool,
+    /// The devices cannot reach each other.
+    apart: bool,
 }
 
+const UNSUPPORTED: i32 = 801;
+
 impl Scenario {
+    /// Before each copy, because faults are reset together.
+    fn prepare(&self, fake: &FakeCuda) {
+        if self.apart {
+            fake.fail("cuMemcpyPeerAsync", 1, UNSUPPORTED, -1);
+        }
+    }
+
     /// Offset on both sides and bytes, in the order of the call.
     fn parts(&self) -> Vec<(usize, usize)> {
         match self.shape {
@@ -171,8 +179,13 @@ impl Scenario {
         data
     }
 
-    /// Copies; the status, and how many bytes are said to be certain.
+    /// Copies; the status, and how many bytes are said to be certain. On a thread of its own: where
+    /// the driver refuses to leave a context, that stays current on the thread.
     fn run(&self, world: &World) -> (Result<()>, u64) {
+        std::thread::scope(|scope| scope.spawn(|| self.run_here(world)).join()).unwrap()
+    }
+
+    fn run_here(&self, world: &World) -> (Result<()>, u64) {
         let (to, from) = (world.address(self.to), world.address(self.from));
         let pieces: Vec<Piece> = self
             .parts()
@@ -208,11 +221,13 @@ impl Scenario {
 
     /// That the first `certain` bytes of what was filled in are in place.
     fn check(&self, fake: &FakeCuda, world: &World, data: &[u8], certain: u64, what: &str) {
+        let parts = self.parts();
+        let got = world.get(fake, self.to, 0, data.len());
         let mut left = certain as usize;
-        for (at, bytes) in self.parts() {
+        for (at, bytes) in parts {
             let bytes = bytes.min(left);
             assert!(
-                world.holds(fake, self.to, at, &data[at..at + bytes]),
+                got[at..at + bytes] == data[at..at + bytes],
                 "{what}: a byte that is certain is not there, at {at}"
             );
             left -= bytes;
@@ -237,7 +252,11 @@ unsafe fn on_stream(world: &World, pieces: &[Piece]) -> Result<()> {
 
 fn scenarios(method: &str) -> Vec<Scenario> {
     let mut all = Vec::new();
-    let many = Shape::Many(700, 333);
+    // As plain copies, each piece is a call.
+    let many = match method {
+        "plain" => Shape::Many(15, 333),
+        _ => Shape::Many(530, 33),
+    };
     let ways = [
         (Place::Pageable, Place::Device(0)),
         (Place::Device(0), Place::Pageable),
@@ -251,27 +270,39 @@ fn scenarios(method: &str) -> Vec<Scenario> {
     }
     if method == "kernel" {
         for (from, to) in ways {
-            all.push((from, to, Shape::One(3 * MIB + 5), false));
+            all.push((from, to, Shape::One(3 * MIB / 4 + 5), false));
         }
         let zero = Place::Device(0);
         for (from, to) in [
             (Place::Pageable, zero),
             (zero, Place::Pageable),
             (Place::Pinned, zero),
+            (Place::Pinned, Place::Device(1)),
         ] {
             all.push((from, to, many, true));
         }
     } else {
-        let rows = Shape::Rows(40, 5000);
+        let rows = Shape::Rows(15, 5000);
         all.push((Place::Pinned, Place::Device(0), rows, false));
         all.push((Place::Device(1), Place::Pageable, rows, false));
     }
+    let between = (Place::Device(0), Place::Device(1));
+    let apart = [
+        (many, false),
+        (Shape::One(3 * MIB / 4 + 5), false),
+        (many, true),
+    ]
+    .map(|(shape, stream)| (between.0, between.1, shape, stream));
+    let reachable = all.len();
+    all.extend(apart);
     all.into_iter()
-        .map(|(from, to, shape, stream)| Scenario {
+        .enumerate()
+        .map(|(index, (from, to, shape, stream))| Scenario {
             from,
             to,
             shape,
             stream,
+            apart: index >= reachable,
         })
         .collect()
 }
@@ -290,9 +321,12 @@ fn every_call_of_a_copy_fails_once() {
             let name = format!("{method}, {scenario:?}");
             let mut seed = 1;
             // The first one creates what later ones use again.
+            scenario.prepare(&fake);
             for _ in 0..2 {
-                scenario.fill(&world, seed);
-                scenario.run(&world).0.unwrap();
+                let data = scenario.fill(&world, seed);
+                let (status, certain) = scenario.run(&world);
+                status.unwrap();
+                scenario.check(&fake, &world, &data, certain, &name);
             }
             let live = (
                 fake.live_bytes(0),
@@ -303,33 +337,37 @@ fn every_call_of_a_copy_fails_once() {
             fake.reset_count();
             scenario.run(&world).0.unwrap();
             let calls = fake.count();
-            // Of very many calls that are alike, not every one.
-            let step = (calls / 40).max(1) as usize;
-            for (code, repeat) in [(OUT_OF_MEMORY, 1), (UNKNOWN, 1), (UNKNOWN, 4)] {
-                for nth in (1..=calls).step_by(step) {
-                    seed += 1;
-                    let data = scenario.fill(&world, seed);
-                    fake.reset_count();
-                    fake.fail_any(nth, code, repeat);
-                    let (status, certain) = scenario.run(&world);
-                    fake.reset_faults();
-                    let what = format!("{name}: call {nth} of {calls} -> {code}: {status:?}");
-                    scenario.check(&fake, &world, &data, certain, &what);
-                    let total: usize = scenario.parts().iter().map(|part| part.1).sum();
-                    if status.is_ok() {
-                        assert_eq!(certain as usize, total, "{what}");
-                    }
-                    let (repeated, certain) = scenario.run(&world);
-                    repeated.unwrap_or_else(|error| panic!("{what}; repeated: {error}"));
-                    scenario.check(&fake, &world, &data, certain, &what);
-                    let now = (
-                        fake.live_bytes(0),
-                        fake.live_bytes(1),
-                        fake.reserved_bytes(),
-                    );
-                    assert_eq!(now, live, "{what}");
-                    assert_eq!(fake.live_streams(), streams, "{what}");
+            fake.reset_faults();
+            // Every call once, by turns with either code; some with those that follow.
+            let faults = (1..=calls)
+                .map(|nth| (nth, [OUT_OF_MEMORY, UNKNOWN][nth as usize % 2], 1))
+                .chain((1..=calls).step_by(7).map(|nth| (nth, UNKNOWN, 4)));
+            for (nth, code, repeat) in faults {
+                seed += 1;
+                let data = scenario.fill(&world, seed);
+                fake.reset_count();
+                scenario.prepare(&fake);
+                fake.fail_any(nth, code, repeat);
+                let (status, certain) = scenario.run(&world);
+                fake.reset_faults();
+                scenario.prepare(&fake);
+                let what = format!("{name}: call {nth} of {calls} -> {code}: {status:?}");
+                scenario.check(&fake, &world, &data, certain, &what);
+                let total: usize = scenario.parts().iter().map(|part| part.1).sum();
+                if status.is_ok() {
+                    assert_eq!(certain as usize, total, "{what}");
                 }
+                let (repeated, certain) = scenario.run(&world);
+                repeated.unwrap_or_else(|error| panic!("{what}; repeated: {error}"));
+                scenario.check(&fake, &world, &data, certain, &what);
+                fake.reset_faults();
+                let now = (
+                    fake.live_bytes(0),
+                    fake.live_bytes(1),
+                    fake.reserved_bytes(),
+                );
+                assert_eq!(now, live, "{what}");
+                assert_eq!(fake.live_streams(), streams, "{what}");
             }
         }
     }
@@ -351,6 +389,7 @@ fn the_first_copy_and_its_measurements_fail_anywhere() {
         to: Place::Device(0),
         shape: Shape::Many(200, 1000),
         stream: false,
+        apart: false,
     };
     let calls = {
         let world = World::new(None);
@@ -396,6 +435,7 @@ fn a_lost_device_is_told_and_host_memory_is_copied_on() {
         to: Place::Device(0),
         shape: Shape::Many(100, 1000),
         stream: false,
+        apart: false,
     };
     to_device.run(&world).0.unwrap();
     fake.reset_count();
