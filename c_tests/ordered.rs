@@ -223,6 +223,47 @@ fn without_memory_nothing_becomes_ready() {
     saver.free(hog).unwrap();
 }
 
+#[test]
+fn an_attempt_leaves_alone_what_changed_since_the_one_before() {
+    let _alone = alone();
+    let platform: Arc<dyn Platform> = Arc::new(HostPlatform::new(1, 10 * GRANULE));
+    let saver = Saver::new(platform).unwrap();
+    let region = Region::new("w").with_backup("pinned");
+    let fill = |granules: u64, region: &Region| {
+        filled(&saver, 0, (granules * GRANULE) as usize, granules, region)
+    };
+    let first = fill(1, &region);
+    let large = fill(4, &region);
+    let replaced = fill(5, &region);
+    pause(&saver);
+    let ready = fill(1, &Region::new("ready").with_backup("pinned"));
+    let hog = fill(7, &Region::new("hog"));
+    let options = ResumeOptions::all().with_wait(Duration::from_secs(60));
+    let op = saver
+        .resume_ordered_async(&[large, replaced, ready], &options)
+        .unwrap();
+    until(|| op.is_ready(ready).unwrap());
+    // What it found active is paused, and another allocation comes to where one was, while the
+    // operation waits for memory.
+    saver.pause(&PauseOptions::tags(["ready"])).status.unwrap();
+    saver.free(replaced).unwrap();
+    let other = fill(1, &region);
+    assert_eq!(other, replaced);
+    saver.pause(&PauseOptions::tags(["w"])).status.unwrap();
+    saver.pause(&PauseOptions::tags(["hog"])).status.unwrap();
+    let outcome = op.wait(None).unwrap();
+    outcome.status.unwrap();
+    assert_eq!(outcome.summary.done_count, 1);
+    assert_eq!(state(&saver, large), State::Active);
+    for address in [first, ready, other] {
+        assert_eq!(state(&saver, address), State::Paused);
+    }
+    let gone = op.stream_wait(replaced, 0).unwrap_err();
+    assert_eq!(gone.kind(), ErrorKind::NotFound);
+    check(&saver, large, 4 * GRANULE as usize, 4);
+    saver.free(hog).unwrap();
+}
+
 /// A stream of the host, made behind the library's back.
 struct HostStream<'a> {
     fake: &'a FakeCuda,

@@ -62,6 +62,7 @@ pub type Op = op::Op<Outcome>;
 #[derive(Clone)]
 struct Allocation {
     device: Arc<dyn Device>,
+    /// Of this allocation alone, so that it tells it from a later one at the same address.
     region: Arc<Region>,
     /// There while it is active, and where a span goes on having the memory of a paused one.
     backing: Option<Backing>,
@@ -535,7 +536,11 @@ impl Saver {
         tracing::warn!("{bytes} bytes at {address:#x} wait for the next pause: {error}");
         self.held().give_up_hole(span, address, bytes);
         self.inner.cleared.notify_all();
-        self.dissolve_if_empty(span);
+        let empty = self.held().take_empty_span(span);
+        if let Some(span) = empty {
+            // To wait for the device, as this takes, could break a capture of this thread.
+            self.put_off(Self::residue_of(self.platform(), span));
+        }
         None
     }
 

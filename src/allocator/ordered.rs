@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::readiness::Readiness;
 use super::resume::{Item, Patience, short_of_memory};
 use super::table::State;
-use super::{Op, Outcome, ResumeOptions, Saver, lock};
+use super::{Op, Outcome, Region, ResumeOptions, Saver, lock};
 use crate::backup::{BackupBackend, LoadItem, LoadObserver};
 use crate::device::Address;
 use crate::error::{Error, ErrorKind, Result};
@@ -49,6 +49,14 @@ impl OrderedResume {
     }
 }
 
+/// An allocation that the host named.
+struct Named {
+    base: Address,
+    bytes: u64,
+    /// Each allocation has a reference of its own, which tells it from a later one at its address.
+    region: Arc<Region>,
+}
+
 /// Fails what is not ready when the operation is over, however it ends.
 struct Closing(Arc<Readiness>);
 
@@ -78,16 +86,18 @@ impl Saver {
                 "an ordered resume takes pointers, not tags",
             ));
         }
-        let allocations = self.find_all(pointers)?;
-        let order: Vec<Address> = allocations.iter().map(|&(base, _)| base).collect();
-        let readiness = Arc::new(Readiness::new(allocations));
+        let order = self.find_all(pointers)?;
+        let places = order.iter().map(|named| (named.base, named.bytes));
+        let readiness = Arc::new(Readiness::new(places.collect()));
         let closing = Closing(Arc::clone(&readiness));
         let saver = self.clone();
         let mut patience = Patience::new(options.wait);
         let op = self.inner.service.submit(move |control| {
             let readiness = &closing.0;
             let outcome = saver.resume_in_order(&order, readiness, control);
+            // What failed later than that has ended, and those who wait for it know.
             if short_of_memory(&outcome)
+                && outcome.summary.failures.is_empty()
                 && let Some(nap) = patience.next()
             {
                 std::thread::sleep(nap);
@@ -101,8 +111,8 @@ impl Saver {
         Ok(OrderedResume { op, readiness })
     }
 
-    /// The bases of the allocations around `pointers`, each once, and their sizes.
-    fn find_all(&self, pointers: &[Address]) -> Result<Vec<(Address, u64)>> {
+    /// The allocations around `pointers`, each once.
+    fn find_all(&self, pointers: &[Address]) -> Result<Vec<Named>> {
         let held = self.held();
         let mut seen = BTreeSet::new();
         let mut allocations = Vec::new();
@@ -114,7 +124,11 @@ impl Saver {
                 )
             })?;
             if seen.insert(base) {
-                allocations.push((base, record.bytes));
+                allocations.push(Named {
+                    base,
+                    bytes: record.bytes,
+                    region: Arc::clone(&record.payload.region),
+                });
             }
         }
         Ok(allocations)
@@ -122,7 +136,7 @@ impl Saver {
 
     fn resume_in_order(
         &self,
-        order: &[Address],
+        order: &[Named],
         readiness: &Readiness,
         control: &Arc<Control>,
     ) -> Outcome {
@@ -148,12 +162,21 @@ impl Saver {
     }
 
     /// Takes what is paused, by address as any resume does. What is active is ready.
-    fn select_these(&self, order: &[Address], readiness: &Readiness) -> (Vec<Item>, u64) {
+    fn select_these(&self, order: &[Named], readiness: &Readiness) -> (Vec<Item>, u64) {
         let mut items = Vec::new();
         let mut unchanged = 0;
         let mut held = self.held();
-        for &base in order {
-            match held.table.get_mut(base).filter(|record| !record.freed) {
+        for named in order {
+            let base = named.base;
+            // What an earlier attempt said stays true: the host may have paused it again since.
+            if let Some(ready) = readiness.ended_well(base) {
+                unchanged += u64::from(ready);
+                continue;
+            }
+            let record = held.table.get_mut(base).filter(|record| {
+                !record.freed && Arc::ptr_eq(&record.payload.region, &named.region)
+            });
+            match record {
                 Some(record) if record.state == State::Paused => {
                     record.state = State::Resuming;
                     items.push(Item::new(base, record));
@@ -184,7 +207,7 @@ struct Loading<'a> {
 }
 
 impl Loading<'_> {
-    fn run(&self, order: &[Address], items: &mut [Item]) {
+    fn run(&self, order: &[Named], items: &mut [Item]) {
         let by_address: BTreeMap<Address, usize> = items
             .iter()
             .enumerate()
@@ -192,7 +215,7 @@ impl Loading<'_> {
             .collect();
         let mut runs: Vec<(Arc<dyn BackupBackend>, Vec<usize>)> = Vec::new();
         let mut total = 0;
-        for &index in order.iter().filter_map(|base| by_address.get(base)) {
+        for &index in order.iter().filter_map(|named| by_address.get(&named.base)) {
             let item = &items[index];
             let Some(stored) = &item.allocation.stored else {
                 self.ready(item.address);

@@ -102,6 +102,16 @@ impl Readiness {
         );
     }
 
+    /// How the allocation at `base` ended, `None` if it has not.
+    pub fn ended_well(&self, base: Address) -> Option<bool> {
+        let index = self.find(base).ok()?;
+        match self.places[index].end.load(Ordering::Acquire) {
+            READY => Some(true),
+            FAILED => Some(false),
+            _ => None,
+        }
+    }
+
     /// Nothing more happens: what is not ready failed.
     pub fn close(&self, error: &Error) {
         for place in &self.places {
