@@ -175,6 +175,7 @@ static void refusals(struct world *world)
     tms_copy_t copies[2] = {{device, host, 8}, {device + 8, NULL, 8}};
     REFUSED(TMS_ERR_NULL_POINTER, "copies[1]: src", tms_memcpy_batch(engine, copies, 2, &certain));
     REFUSED(TMS_ERR_NULL_POINTER, "copies", tms_memcpy_batch(engine, NULL, 2, &certain));
+    REFUSED(TMS_ERR_INVALID_ARGUMENT, "count", tms_memcpy_batch(engine, copies, SIZE_MAX, &certain));
 
     REFUSED(TMS_ERR_INVALID_ARGUMENT, "dst_pitch",
             tms_memcpy_2d(engine, device, 9, host, 10, 10, 2, &certain));
@@ -235,6 +236,8 @@ static void queries(struct world *world)
     void *backup = NULL;
     CHECK_OK(tms_saver_backup_pointer(world->saver, paused, SIZE, &backup));
     CHECK(query(world->engine, backup).kind == TMS_MEMORY_PINNED);
+    CHECK_STATUS(TMS_ERR_INVALID_ARGUMENT, tms_pointer_query(world->engine, paused, &info));
+    CHECK(strstr(tms_last_error_message(), "pointer: there is no memory at ") != NULL);
     CHECK_OK(tms_memcpy_h2d(world->engine, world->device, backup, SIZE, NULL));
     CHECK_KEPT(world->device, SIZE, 4);
     CHECK_OK(tms_saver_free_memory(world->saver, paused));

@@ -59,6 +59,23 @@ static void raise_warning(void)
     CHECK_OK(tms_region_pop());
 }
 
+static void *read_capitals(void *unused)
+{
+    (void)unused;
+    CHECK(strcmp(tms_get_cpu_backup_backend(), "mmap") == 0);
+    return NULL;
+}
+
+/* Words of the environment are taken in any case of letters. */
+static void capitals(void)
+{
+    setenv("TMS_INIT_CPU_BACKUP_BACKEND", "MMAP", 1);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, read_capitals, NULL) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    unsetenv("TMS_INIT_CPU_BACKUP_BACKEND");
+}
+
 static void levels(void)
 {
     CHECK_STATUS(TMS_ERR_INVALID_ARGUMENT, tms_log_set_callback(callback, &user_data, 0));
@@ -115,6 +132,7 @@ int main(void)
     check_begin();
     main_thread = pthread_self();
     levels();
+    capitals();
     tms_saver_t *saver = check_saver();
     a_hanging_callback_holds_nobody_up(saver);
     removed();

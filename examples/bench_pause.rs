@@ -8,6 +8,7 @@ mod support {
     pub mod bare;
     pub mod human;
     pub mod memory;
+    pub mod number;
     pub mod random;
     pub mod report;
 
@@ -30,6 +31,7 @@ use support::Result;
 use support::bare::Bare;
 use support::human;
 use support::memory::HostMemory;
+use support::number;
 use support::report::{Other, Report, Row, Target};
 
 const HELP: &str = "\
@@ -95,13 +97,19 @@ impl Arguments {
         let size = |name: &str, value: std::ffi::OsString| -> Result<u64> {
             human::parse_size(&value.string()?).map_err(|why| format!("{name}: {why}").into())
         };
+        let number = |name: &str, value: std::ffi::OsString| -> Result<usize> {
+            Ok(number::parse(name, &value.string()?, 1)?)
+        };
         let mut arguments = Arguments::default();
         let mut parser = lexopt::Parser::from_env();
         while let Some(argument) = parser.next()? {
             match argument {
-                Long("count") => arguments.count = Some(parser.value()?.parse::<usize>()?.max(1)),
+                Long("count") => arguments.count = Some(number("--count", parser.value()?)?),
                 Long("bytes") => arguments.bytes = Some(size("--bytes", parser.value()?)?),
-                Long("devices") => arguments.devices = Some(parser.value()?.parse::<u32>()?.max(1)),
+                Long("devices") => {
+                    let devices = number("--devices", parser.value()?)?;
+                    arguments.devices = Some(u32::try_from(devices).unwrap_or(u32::MAX));
+                }
                 Long("file") => arguments.file = Some(parser.value()?.into()),
                 Long("touch") => {
                     arguments.touch = Some(match parser.value()?.string()? {
@@ -109,7 +117,7 @@ impl Arguments {
                         text => size("--touch", text.into())?,
                     });
                 }
-                Long("repeat") => arguments.repeat = Some(parser.value()?.parse::<usize>()?.max(1)),
+                Long("repeat") => arguments.repeat = Some(number("--repeat", parser.value()?)?),
                 Long("only") => arguments.only.push(parser.value()?.string()?),
                 Long("list") => arguments.list = true,
                 Long("json") => arguments.json = true,

@@ -8,6 +8,7 @@ mod support {
     pub mod bare;
     pub mod human;
     pub mod memory;
+    pub mod number;
     pub mod random;
     pub mod report;
 
@@ -28,6 +29,7 @@ use support::Result;
 use support::bare::{Bare, Rows};
 use support::human;
 use support::memory::HostMemory;
+use support::number;
 use support::random::Random;
 use support::report::{Other, Report, Row, Target};
 
@@ -98,8 +100,14 @@ impl Arguments {
                     }
                     arguments.size = Some(size as usize);
                 }
-                Long("device") => arguments.device = parser.value()?.parse()?,
-                Long("repeat") => arguments.repeat = parser.value()?.parse::<usize>()?.max(1),
+                Long("device") => {
+                    let text = parser.value()?.string()?;
+                    arguments.device = number::parse("--device", &text, 0)?;
+                }
+                Long("repeat") => {
+                    let text = parser.value()?.string()?;
+                    arguments.repeat = number::parse("--repeat", &text, 1)?;
+                }
                 Long("only") => arguments.only.push(parser.value()?.string()?),
                 Long("list") => arguments.list = true,
                 Long("json") => arguments.json = true,

@@ -10,14 +10,37 @@
  *
  * Ownership
  *   Handles (tms_saver_t, tms_op_t, tms_transfer_engine_t) are made by one function and freed by
- *   one; freeing NULL does nothing. Strings that go in are copied. Strings that come out belong to the library and are
- *   valid as long as their function says. Memory from malloc functions is freed by the matching
- *   free function of the same saver.
+ *   one; freeing NULL does nothing. Strings, structs and arrays that go in are read before the
+ *   function returns. Strings that come out belong to the library and are valid as long as their
+ *   function says. Memory from malloc functions is freed by the matching free function of the same
+ *   saver. Memory that a copy reads or writes belongs to the caller, and must live until the copy is
+ *   done: until the function returns, until its operation has ended, or until its stream got there.
  *
  * Threads
  *   Every function may be called from any thread. A handle that is passed as const may be used by
  *   many threads at once; a function that takes it without const ends it. Regions and the message
  *   of the last error belong to the calling thread.
+ *
+ * Operations
+ *   Functions whose names end with _async return at once; the work is done by a thread of the library.
+ *   Operations of a saver run in the order they were started, those of an engine too; one does not
+ *   wait for the other. Ask by tms_op_poll, wait by tms_op_wait or on the descriptor of
+ *   tms_op_eventfd, read what was done by tms_op_result, and free the handle by tms_op_free: early,
+ *   and the work goes on to its end. What is wrong with the pointers of a copy is told by its end.
+ *
+ * Copies
+ *   A copy finds out what memory its pointers are. Each comes in three forms. tms_memcpy waits, and
+ *   does not look at streams: what they have queued on the memory must be done before.
+ *   tms_memcpy_on_stream takes its place among the work of a stream. tms_memcpy_async is an operation.
+ *   _h2d, _d2h and _d2d insist on a direction; _batch takes many pieces, _2d rows. After a failure,
+ *   `certain`, or copied_bytes of the result, says how many bytes from the beginning are in place;
+ *   what is behind them may hold anything. Paused memory is no memory: such a copy is refused.
+ *
+ * Engines
+ *   NULL is the engine of the process, which the default saver pauses and resumes with. One of your own
+ *   has its own staging memory, threads and table of methods, and can be kept to some of the devices.
+ *   Its staging memory is pinned, as the backups of a saver are; TMS_PINNED_LIMIT holds for each engine
+ *   and each saver by itself.
  *
  * Errors
  *   Functions return an int32_t: 0 (TMS_OK) for success, negative for an error. Out-parameters are
@@ -45,11 +68,12 @@
  *   TMS_ERR_SHUTDOWN.
  *
  * What a pause does not see
- *   Contents without a backup are gone: new physical memory is cleared by the driver, and handles
- *   are never kept for reuse. That guarantee covers memory of this library only. Memory that is
- *   registered elsewhere (RDMA, NCCL buffers of captured graphs, peer mappings made outside of a
- *   region with peer access) keeps its old pages there and goes stale. Work of other CUDA contexts
- *   and other processes on the memory must be finished by the caller.
+ *   Contents without a backup are gone: a pause keeps no physical memory for reuse, and memory that is
+ *   given out is cleared, by the driver, or by this library where an allocation gets the place of one
+ *   that was freed. That guarantee covers memory of this library only. Memory that is registered
+ *   elsewhere (RDMA, NCCL buffers of captured graphs, peer mappings made outside of a region with peer
+ *   access) keeps its old pages there and goes stale. Work of other CUDA contexts and other processes
+ *   on the memory must be finished by the caller.
  */
 
 #ifndef TMS_H
@@ -743,8 +767,8 @@ typedef struct {
     const int32_t *devices;
     /**
      * Pinned memory that bytes pass through on their way to and from pageable memory, bytes, up to
-     * 1 TiB; rounded up to whole slots of 2 MiB, at least two. 0: 64 MiB. It is taken when first
-     * needed.
+     * 1 TiB; rounded up to whole slots of 4 MiB, at least two. 0: two slots for each thread. It is
+     * taken when first needed.
      */
     uint64_t staging_bytes;
 } tms_transfer_options_t;
@@ -834,9 +858,9 @@ const char *tms_last_error_message(void);
  * Sets or removes the callback for log records.
  *
  * `callback` may be NULL: then records are no longer delivered. When the function returns, no call of
- * the callback before is running. `user` is passed through and may be NULL; it must stay valid until the callback
- * is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback
- * a process. Any thread, but not from the callback.
+ * the callback before is running. `user` is passed through and may be NULL; it must stay valid until
+ * the callback is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG.
+ * One callback a process. Any thread, but not from the callback.
  *
  * What TMS_LOG shows on stderr is shown all the same. How many records were dropped is told by a
  * record.
@@ -996,7 +1020,7 @@ int32_t tms_saver_free(tms_saver_t *saver);
  * treat the allocation (not TMS_REGION_DISABLED); NULL: as the thread's region says, or its defaults
  * outside of one.
  * `pointer` receives the device address; not NULL; freed with tms_saver_free_memory. New memory
- * is zeroed by the driver. Any thread.
+ * is zeroed. Any thread.
  *
  * Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there, or if less would stay free
  * than tms_saver_set_memory_margin asked for; TMS_ERR_OUT_OF_HOST_MEMORY if there are no addresses
@@ -1028,9 +1052,9 @@ int32_t tms_saver_free_memory(const tms_saver_t *saver,
  * All work queued on the affected devices is waited for first. If a backup fails, nothing was
  * released and all stays active. Pausing what is paused does nothing and is counted. Contents of
  * allocations without a backup do not survive. A tag that no allocation has selects nothing and is no
- * error (a warning in the log): look at done_count and unchanged_count. Pausing during a stream capture is the caller's
- * error, refused where it can be seen. Work of other contexts and processes on the memory is the
- * caller's duty.
+ * error (a warning in the log): look at done_count and unchanged_count. Pausing during a stream
+ * capture is the caller's error, refused where it can be seen. Work of other contexts and processes
+ * on the memory is the caller's duty.
  *
  * `saver`: not NULL. `options`: NULL selects everything. `result`: may be NULL. Any thread; one
  * pause or resume of a saver runs at a time, malloc and free do not wait for it.
@@ -1373,10 +1397,10 @@ int32_t tms_transfer_table_set(const tms_transfer_engine_t *engine,
  * memory. The direction follows from the pointers.
  *
  * `engine`: NULL for the engine of the process. `dst`, `src`: any alignment. They may lie anywhere in
- * their allocations, but must not leave them; neighbouring mappings of one device count as one. The
- * two ranges must not overlap. `bytes`: 0 is fine and touches nothing, with any pointers. `certain`
- * receives, on success and on failure, how many bytes from the beginning are certain to be in place;
- * may be NULL.
+ * their allocations, but must not leave them; neighbouring mappings of one device count as one, and
+ * where pageable memory ends only its owner knows: neither is noticed. The two ranges must not
+ * overlap. `bytes`: 0 is fine and touches nothing, with any pointers. `certain` receives, on success
+ * and on failure, how many bytes from the beginning are certain to be in place; may be NULL.
  *
  * Work that streams have queued on the memory is not waited for: synchronise first, or use the form
  * with a stream. Memory of one device is copied to another directly where they can reach each other,
@@ -1385,9 +1409,9 @@ int32_t tms_transfer_table_set(const tms_transfer_engine_t *engine,
  *
  * Returns TMS_OK; TMS_ERR_NULL_POINTER naming dst or src; TMS_ERR_INVALID_ARGUMENT naming dst or src
  * (it leaves its memory, and by how many bytes; there is no memory, because it was freed or is
- * paused; the ranges overlap; memory of a device that the engine was not made for);
- * TMS_ERR_OUT_OF_HOST_MEMORY (no staging memory); TMS_ERR_DEVICE, TMS_ERR_DEVICE_LOST; or why no
- * device can be used.
+ * paused, though freed memory that is still held, see held_bytes of tms_stats_t, is not noticed; the
+ * ranges overlap; memory of a device that the engine was not made for); TMS_ERR_OUT_OF_HOST_MEMORY
+ * (no staging memory); TMS_ERR_DEVICE, TMS_ERR_DEVICE_LOST; or why no device can be used.
  */
 int32_t tms_memcpy(const tms_transfer_engine_t *engine,
                    void *dst,
@@ -1544,7 +1568,8 @@ int32_t tms_memcpy_d2d_async(const tms_transfer_engine_t *engine,
  * when a later piece is refused, earlier steps were copied.
  *
  * Returns as tms_memcpy, with the number of the piece in the message; TMS_ERR_NULL_POINTER also for
- * copies; TMS_ERR_INVALID_ARGUMENT also for a wrong TMS_TRANSFER_TABLE.
+ * copies; TMS_ERR_INVALID_ARGUMENT also for a count that no array has, and a wrong
+ * TMS_TRANSFER_TABLE.
  */
 int32_t tms_memcpy_batch(const tms_transfer_engine_t *engine,
                          const tms_copy_t *copies,

@@ -132,6 +132,86 @@ class SaverTest(unittest.TestCase):
             operation.wait()
         self.assertEqual(ctypes.string_at(address, SIZE), data)
 
+    def test_ordered_resume(self):
+        filled = [self.filled("layers", "pinned") for _ in range(4)]
+        other, _ = self.filled("others", "pinned")
+        self.saver.pause()
+        order = [address for address, _ in reversed(filled)]
+        with self.saver.resume_ordered_async(order) as operation:
+            self.assertIsInstance(operation, tms.OrderedResume)
+            for address, data in reversed(filled):
+                operation.stream_wait(address)
+                self.assertTrue(operation.ready(address + 100))
+                self.assertEqual(ctypes.string_at(address, SIZE), data)
+            self.assertEqual(operation.wait(30).done_count, 4)
+            with self.assertRaisesRegex(TypeError, "^stream must be an integer"):
+                operation.stream_wait(order[0], "stream")
+            with self.assertRaises(tms.TmsError) as caught:
+                operation.ready(other)
+            self.assertEqual(caught.exception.name, "NOT_FOUND")
+        with self.assertRaises(ValueError):
+            operation.ready(order[0])
+        self.assertEqual(self.saver.query(other).state, tms.State.PAUSED)
+        with self.assertRaises(tms.TmsError) as caught:
+            self.saver.resume_ordered_async([other, 16])
+        self.assertIn("pointers[1]", str(caught.exception))
+        self.assertEqual(self.saver.resume_ordered_async([], wait_ms=5).wait().done_count, 0)
+        with self.assertRaises(ValueError):
+            self.saver.resume_ordered_async([other], wait_ms=-1)
+        with self.assertRaisesRegex(TypeError, r"^addresses\[1\] must be an integer"):
+            self.saver.resume_ordered_async([other, None])
+
+    def test_unchanged_memory_is_not_copied_again(self):
+        address, data = self.filled("weights", "pinned", retain=True)
+        self.assertEqual(self.saver.pause().copied_bytes, SIZE)
+        self.saver.resume()
+        result = self.saver.pause()
+        self.assertEqual((result.copied_bytes, result.unchanged_bytes), (0, SIZE))
+        self.saver.resume()
+        result = self.saver.pause_async(copy_all=True).wait()
+        self.assertEqual((result.copied_bytes, result.unchanged_bytes), (SIZE, 0))
+        self.saver.resume()
+        result = self.saver.pause(copy_all=True)
+        self.assertEqual((result.copied_bytes, result.unchanged_bytes), (SIZE, 0))
+        self.saver.resume()
+        self.assertEqual(ctypes.string_at(address, SIZE), data)
+
+    def test_pinned_memory(self):
+        self.assertEqual(self.saver.pinned_stats().pinned_bytes, 0)
+        self.saver.prewarm(SIZE)
+        stats = self.saver.pinned_stats()
+        self.assertGreaterEqual(stats.idle_bytes, SIZE)
+        self.assertGreaterEqual(stats.pinned_bytes, stats.idle_bytes + stats.used_bytes)
+        self.assertEqual(stats.pinned_bytes, stats.huge_page_bytes + stats.small_page_bytes)
+        self.assertGreaterEqual(stats.high_water_bytes, stats.pinned_bytes)
+        self.assertGreaterEqual(stats.chunk_count, 1)
+        self.assertIsNone(stats.limit_bytes)
+        with self.saver.prewarm_async(2 * SIZE) as operation:
+            operation.wait(30)
+            self.assertGreaterEqual(operation.progress[0], SIZE)
+        self.assertGreaterEqual(self.saver.pinned_stats().idle_bytes, 2 * SIZE)
+        self.assertGreaterEqual(self.saver.trim(), 2 * SIZE)
+        self.assertEqual(self.saver.pinned_stats().idle_bytes, 0)
+        with self.assertRaises(tms.TmsError) as caught:
+            self.saver.prewarm(1 << 60)
+        self.assertEqual(caught.exception.name, "OUT_OF_HOST_MEMORY")
+        with self.assertRaises(tms.TmsError) as caught:
+            self.saver.prewarm(SIZE, device=99)
+        self.assertIn("device", str(caught.exception))
+
+    def test_sizes_have_a_range(self):
+        for size in (-1, 1 << 64):
+            for call in (
+                self.saver.malloc,
+                self.saver.prewarm,
+                self.saver.prewarm_async,
+                self.saver.trim,
+            ):
+                with self.assertRaisesRegex(ValueError, "bytes must be 0 to"):
+                    call(size)
+        with self.assertRaisesRegex(TypeError, "^bytes must be an integer, not str"):
+            self.saver.prewarm("1G")
+
     def test_wait_ms_has_a_range(self):
         for wait_ms in (-1, 1 << 32):
             with self.assertRaises(ValueError):

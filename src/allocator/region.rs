@@ -146,7 +146,7 @@ fn c_string(text: &str) -> CString {
 impl Current {
     fn from_environment() -> Current {
         let backend = std::env::var("TMS_INIT_CPU_BACKUP_BACKEND").unwrap_or_default();
-        let backend = match backend.as_str() {
+        let backend = match backend.trim().to_ascii_lowercase().as_str() {
             "mmap" => "mmap",
             "" | "pinned" => "pinned",
             other => {

@@ -101,10 +101,10 @@ unsafe fn copy_async(
 /// memory. The direction follows from the pointers.
 ///
 /// `engine`: NULL for the engine of the process. `dst`, `src`: any alignment. They may lie anywhere in
-/// their allocations, but must not leave them; neighbouring mappings of one device count as one. The
-/// two ranges must not overlap. `bytes`: 0 is fine and touches nothing, with any pointers. `certain`
-/// receives, on success and on failure, how many bytes from the beginning are certain to be in place;
-/// may be NULL.
+/// their allocations, but must not leave them; neighbouring mappings of one device count as one, and
+/// where pageable memory ends only its owner knows: neither is noticed. The two ranges must not
+/// overlap. `bytes`: 0 is fine and touches nothing, with any pointers. `certain` receives, on success
+/// and on failure, how many bytes from the beginning are certain to be in place; may be NULL.
 ///
 /// Work that streams have queued on the memory is not waited for: synchronise first, or use the form
 /// with a stream. Memory of one device is copied to another directly where they can reach each other,
@@ -113,9 +113,9 @@ unsafe fn copy_async(
 ///
 /// Returns TMS_OK; TMS_ERR_NULL_POINTER naming dst or src; TMS_ERR_INVALID_ARGUMENT naming dst or src
 /// (it leaves its memory, and by how many bytes; there is no memory, because it was freed or is
-/// paused; the ranges overlap; memory of a device that the engine was not made for);
-/// TMS_ERR_OUT_OF_HOST_MEMORY (no staging memory); TMS_ERR_DEVICE, TMS_ERR_DEVICE_LOST; or why no
-/// device can be used.
+/// paused, though freed memory that is still held, see held_bytes of tms_stats_t, is not noticed; the
+/// ranges overlap; memory of a device that the engine was not made for); TMS_ERR_OUT_OF_HOST_MEMORY
+/// (no staging memory); TMS_ERR_DEVICE, TMS_ERR_DEVICE_LOST; or why no device can be used.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tms_memcpy(
     engine: *const tms_transfer_engine_t,

@@ -10,7 +10,7 @@ use super::op::tms_op_t;
 use super::status::TMS_OK;
 use super::transfer::{copier, tms_transfer_engine_t};
 use crate::device::{Piece, Pitched};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::transfer::copy::Way;
 
 /// One piece of a batch.
@@ -37,6 +37,10 @@ unsafe fn pieces<'a>(copies: *const tms_copy_t, count: usize) -> Result<&'a [Pie
     if count == 0 {
         return Ok(&[]);
     }
+    if count > isize::MAX as usize / size_of::<Piece>() {
+        let why = format_args!("{count} entries do not fit the address space");
+        return Err(Error::invalid("count", why));
+    }
     // SAFETY: the caller's promise; both types are two addresses and a number of bytes, in the same
     // order, of the same size and alignment, and a piece may hold any numbers.
     unsafe {
@@ -59,7 +63,8 @@ unsafe fn pieces<'a>(copies: *const tms_copy_t, count: usize) -> Result<&'a [Pie
 /// when a later piece is refused, earlier steps were copied.
 ///
 /// Returns as tms_memcpy, with the number of the piece in the message; TMS_ERR_NULL_POINTER also for
-/// copies; TMS_ERR_INVALID_ARGUMENT also for a wrong TMS_TRANSFER_TABLE.
+/// copies; TMS_ERR_INVALID_ARGUMENT also for a count that no array has, and a wrong
+/// TMS_TRANSFER_TABLE.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn tms_memcpy_batch(
     engine: *const tms_transfer_engine_t,

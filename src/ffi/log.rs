@@ -269,9 +269,9 @@ pub(super) fn read_environment() {
 /// Sets or removes the callback for log records.
 ///
 /// `callback` may be NULL: then records are no longer delivered. When the function returns, no call of
-/// the callback before is running. `user` is passed through and may be NULL; it must stay valid until the callback
-/// is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG. One callback
-/// a process. Any thread, but not from the callback.
+/// the callback before is running. `user` is passed through and may be NULL; it must stay valid until
+/// the callback is removed. `level` is the highest level to deliver, TMS_LOG_ERROR to TMS_LOG_DEBUG.
+/// One callback a process. Any thread, but not from the callback.
 ///
 /// What TMS_LOG shows on stderr is shown all the same. How many records were dropped is told by a
 /// record.

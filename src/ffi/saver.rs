@@ -204,7 +204,7 @@ pub unsafe extern "C" fn tms_saver_free(saver: *mut tms_saver_t) -> i32 {
 /// treat the allocation (not TMS_REGION_DISABLED); NULL: as the thread's region says, or its defaults
 /// outside of one.
 /// `pointer` receives the device address; not NULL; freed with tms_saver_free_memory. New memory
-/// is zeroed by the driver. Any thread.
+/// is zeroed. Any thread.
 ///
 /// Returns TMS_OK; TMS_ERR_OUT_OF_DEVICE_MEMORY if the memory is not there, or if less would stay free
 /// than tms_saver_set_memory_margin asked for; TMS_ERR_OUT_OF_HOST_MEMORY if there are no addresses
@@ -279,9 +279,9 @@ pub unsafe extern "C" fn tms_saver_free_memory(
 /// All work queued on the affected devices is waited for first. If a backup fails, nothing was
 /// released and all stays active. Pausing what is paused does nothing and is counted. Contents of
 /// allocations without a backup do not survive. A tag that no allocation has selects nothing and is no
-/// error (a warning in the log): look at done_count and unchanged_count. Pausing during a stream capture is the caller's
-/// error, refused where it can be seen. Work of other contexts and processes on the memory is the
-/// caller's duty.
+/// error (a warning in the log): look at done_count and unchanged_count. Pausing during a stream
+/// capture is the caller's error, refused where it can be seen. Work of other contexts and processes
+/// on the memory is the caller's duty.
 ///
 /// `saver`: not NULL. `options`: NULL selects everything. `result`: may be NULL. Any thread; one
 /// pause or resume of a saver runs at a time, malloc and free do not wait for it.

@@ -58,8 +58,8 @@ pub struct tms_transfer_options_t {
     /// Ordinals of the devices that copies may use; with device_count 0 all, and this may be NULL.
     pub devices: *const i32,
     /// Pinned memory that bytes pass through on their way to and from pageable memory, bytes, up to
-    /// 1 TiB; rounded up to whole slots of 2 MiB, at least two. 0: 64 MiB. It is taken when first
-    /// needed.
+    /// 1 TiB; rounded up to whole slots of 4 MiB, at least two. 0: two slots for each thread. It is
+    /// taken when first needed.
     pub staging_bytes: u64,
 }
 
@@ -241,7 +241,13 @@ pub unsafe extern "C" fn tms_pointer_query(
         let (stated, copier) = unsafe { (stated_size(info, "info")?, copier(engine)?) };
         let range = copier
             .query(pointer as u64)
-            .map_err(|error| error.context("pointer"))?;
+            .map_err(|error| match error.kind() {
+                ErrorKind::InvalidArgument => Error::invalid(
+                    "pointer",
+                    format_args!("there is no memory at {pointer:p}: freed, or paused?"),
+                ),
+                _ => error.context("pointer"),
+            })?;
         let (kind, device) = match range.place {
             Place::Pageable => (TMS_MEMORY_PAGEABLE, -1),
             Place::Pinned => (TMS_MEMORY_PINNED, -1),

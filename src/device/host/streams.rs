@@ -433,7 +433,9 @@ impl State {
             .streams
             .get_mut(&number)
             .filter(|queue| !queue.destroyed)
-            .ok_or_else(|| Error::invalid("stream", format_args!("{stream:?} is not known")))?;
+            .ok_or_else(|| {
+                Error::invalid("stream", format_args!("{:#x} is not known", stream.0))
+            })?;
         if queue.device != device {
             let why = format!(
                 "{stream:?} belongs to device {}, not {device}",

@@ -32,6 +32,7 @@ REGION_PEER_ACCESS = 2
 REGION_RETAIN = 4
 REGION_DISABLED = 8
 PAUSE_SKIP_EXPORTED = 1
+PAUSE_COPY_ALL = 2
 DEVICE_CUDA = 1
 DEVICE_CAN_EXPORT = 1
 DEVICE_RDMA = 2
@@ -139,6 +140,22 @@ class AllocationInfo(Structure):
     ]
 
 
+class PinnedStatsRecord(Structure):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("chunk_count", c_uint32),
+        ("pinned_bytes", c_uint64),
+        ("used_bytes", c_uint64),
+        ("idle_bytes", c_uint64),
+        ("adopted_bytes", c_uint64),
+        ("high_water_bytes", c_uint64),
+        ("limit_bytes", c_uint64),
+        ("keep_bytes", c_uint64),
+        ("huge_page_bytes", c_uint64),
+        ("small_page_bytes", c_uint64),
+    ]
+
+
 LogCallback = CFUNCTYPE(None, c_void_p, c_int32, c_char_p, c_char_p)
 
 _STATUS = c_int32
@@ -182,13 +199,27 @@ _SIGNATURES = {
     "tms_saver_export": (_STATUS, [_SAVER, c_void_p, POINTER(c_int32), POINTER(c_uint64)]),
 }
 
+#: Functions that a library of this ABI version may lack, because it is older.
+_LATER = {
+    "tms_saver_prewarm": (_STATUS, [_SAVER, c_int32, c_uint64]),
+    "tms_saver_prewarm_async": (_STATUS, [_SAVER, c_int32, c_uint64, POINTER(_OPERATION)]),
+    "tms_saver_trim": (_STATUS, [_SAVER, c_uint64, POINTER(c_uint64)]),
+    "tms_saver_pinned_stats": (_STATUS, [_SAVER, POINTER(PinnedStatsRecord)]),
+    "tms_saver_resume_ordered_async": (
+        _STATUS,
+        [_SAVER, POINTER(c_void_p), c_size_t, POINTER(ResumeOptions), POINTER(_OPERATION)],
+    ),
+    "tms_op_stream_wait": (_STATUS, [_OPERATION, c_void_p, c_void_p]),
+    "tms_op_ready": (_STATUS, [_OPERATION, c_void_p, POINTER(c_int32)]),
+}
+
 _ENGINE = c_void_p
 _CERTAIN = POINTER(c_uint64)
 _BYTES = [_ENGINE, c_void_p, c_void_p, c_size_t]
 _ROWS = [_ENGINE, c_void_p, c_size_t, c_void_p, c_size_t, c_size_t, c_size_t]
 _PIECES = [_ENGINE, c_void_p, c_size_t]
 
-#: Functions that a library of this ABI version may lack, because it is older.
+#: The explicit copies, which an older library may lack too.
 _COPIES = {
     "tms_memcpy": (_STATUS, [*_BYTES, _CERTAIN]),
     "tms_memcpy_on_stream": (_STATUS, [*_BYTES, c_void_p]),
@@ -250,7 +281,7 @@ def load() -> ctypes.CDLL:
             raise LibraryNotFound(f"{path} has no {name}: it is not a {LIBRARY}") from error
         function.restype = result
         function.argtypes = arguments
-    for name, (result, arguments) in _COPIES.items():
+    for name, (result, arguments) in {**_LATER, **_COPIES}.items():
         if hasattr(library, name):
             getattr(library, name).restype = result
             getattr(library, name).argtypes = arguments

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import operator
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Set, Tuple, Type, TypeVar
+from typing import Iterator, List, Optional, Sequence, Set, Tuple, Type, TypeVar
 
 from . import _library as c
 from ._errors import TmsError, name_of
@@ -17,6 +18,7 @@ _TIMEOUT = -11
 _FOREVER_MS = 1 << 40
 _SLICE_MS = 500
 _UINT32_MAX = 2**32 - 1
+_UINT64_MAX = 2**64 - 1
 
 Record = TypeVar("Record", bound=ctypes.Structure)
 
@@ -64,7 +66,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Stats:
-    """Allocations of one tag on one device, bytes of physical memory."""
+    """Allocations of one tag on one device, bytes of physical memory.
+
+    ``held_bytes``: what freed allocations left in handles that others still use. Later allocations
+    of the same kind take it; a pause gives it back.
+    """
 
     tag: str
     device: int
@@ -74,6 +80,27 @@ class Stats:
     paused_bytes: int
     backed_bytes: int
     held_bytes: int
+
+
+@dataclass(frozen=True)
+class PinnedStats:
+    """Pinned host memory of a saver, bytes; ``chunk_count`` is a number.
+
+    ``pinned_bytes`` are in use (``used_bytes``), idle, or registered in place for others
+    (``adopted_bytes``); in another division they are on huge pages or not. ``limit_bytes`` is
+    ``None`` if only the host is the limit.
+    """
+
+    chunk_count: int
+    pinned_bytes: int
+    used_bytes: int
+    idle_bytes: int
+    adopted_bytes: int
+    high_water_bytes: int
+    limit_bytes: Optional[int]
+    keep_bytes: int
+    huge_page_bytes: int
+    small_page_bytes: int
 
 
 @dataclass(frozen=True)
@@ -208,11 +235,22 @@ def _tags(options: ctypes.Structure, tags: Tuple[str, ...]) -> None:
         options.tag_count = len(tags)
 
 
+def _unsigned(name: str, value: int) -> int:
+    """``value``, which ctypes would cut to 64 bits, or take from a string, without a word."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
+    if not 0 <= number <= _UINT64_MAX:
+        raise ValueError(f"{name} must be 0 to {_UINT64_MAX}, and is {number}")
+    return number
+
+
 def _pause_options(
-    tags: Tuple[str, ...], backup: Optional[str], skip_exported: bool
+    tags: Tuple[str, ...], backup: Optional[str], skip_exported: bool, copy_all: bool
 ) -> c.PauseOptions:
     options = _record(c.PauseOptions)
-    options.flags = c.PAUSE_SKIP_EXPORTED * skip_exported
+    options.flags = c.PAUSE_SKIP_EXPORTED * skip_exported | c.PAUSE_COPY_ALL * copy_all
     options.backup = c.encode(backup)
     _tags(options, tags)
     return options
@@ -275,7 +313,7 @@ class _OperationHandle:
 
 
 class Operation:
-    """A pause or resume that runs on the library's threads."""
+    """A pause, resume or prewarm that runs on the library's threads."""
 
     def __init__(self, handle: _OperationHandle, running: Set[_OperationHandle]) -> None:
         self._handle: Optional[_OperationHandle] = handle
@@ -337,6 +375,33 @@ class Operation:
         self.close()
 
 
+class OrderedResume(Operation):
+    """A resume whose allocations become usable one after the other, in the order given."""
+
+    def ready(self, address: int) -> bool:
+        """Whether the contents of the allocation at ``address`` are complete. Does not wait.
+
+        Raises the :class:`TmsError` of the allocation if it stays paused.
+        """
+        ready = ctypes.c_int32()
+        c.check(c.load().tms_op_ready(self._live(), address, ctypes.byref(ready)))
+        return ready.value != 0
+
+    def stream_wait(self, address: int, stream: int = 0) -> None:
+        """Makes ``stream`` wait for the contents: work queued on it afterwards sees them.
+
+        ``stream`` is a ``CUstream`` as a number, such as ``torch.cuda.Stream.cuda_stream``; 0 is
+        the legacy default stream. Returns once the contents are on their way: the calling thread
+        waits until memory is mapped, and for other backups than ``"pinned"`` until they are there,
+        as on the host device.
+        """
+        number = _unsigned("stream", stream)
+        c.check(c.load().tms_op_stream_wait(self._live(), address, number))
+
+
+AnyOperation = TypeVar("AnyOperation", bound=Operation)
+
+
 class Saver:
     """Allocates memory that can be paused. Usable from many threads at once.
 
@@ -371,14 +436,14 @@ class Saver:
             raise ValueError("the saver is closed")
         return self._handle
 
-    def _operation(self, value: Optional[int]) -> Operation:
+    def _operation(self, value: Optional[int], kind: Type[AnyOperation]) -> AnyOperation:
         """Remembers a new operation, because the saver cannot be freed while it runs."""
         for earlier in tuple(self._running):
             if earlier.done():
                 self._running.discard(earlier)
         handle = _OperationHandle(value or 0)
         self._running.add(handle)
-        return Operation(handle, self._running)
+        return kind(handle, self._running)
 
     def malloc(
         self,
@@ -397,8 +462,7 @@ class Saver:
         Without any keyword the thread's :func:`region` says how it is kept; with one, the
         keywords alone do.
         """
-        if bytes < 0:
-            raise ValueError(f"bytes must not be negative, and is {bytes}")
+        _unsigned("bytes", bytes)
         flags = _region_flags(retain, exportable, peer_access, False)
         options = None
         if flags or (tag, backup, directory) != (None, None, None):
@@ -412,13 +476,18 @@ class Saver:
         c.check(c.load().tms_saver_free_memory(self._live(), address))
 
     def pause(
-        self, *tags: str, backup: Optional[str] = None, skip_exported: bool = False
+        self,
+        *tags: str,
+        backup: Optional[str] = None,
+        skip_exported: bool = False,
+        copy_all: bool = False,
     ) -> Result:
         """Releases the memory of ``tags`` (none: of all) after copying what is to be kept.
 
-        ``backup`` overrides what the regions said; ``"none"`` discards the contents.
+        ``backup`` overrides what the regions said; ``"none"`` discards the contents. ``copy_all``
+        copies also what a retained backup is known to have already.
         """
-        options = _pause_options(tags, backup, skip_exported)
+        options = _pause_options(tags, backup, skip_exported, copy_all)
         out = _ResultRecord()
         code = c.load().tms_saver_pause(
             self._live(), ctypes.byref(options), ctypes.byref(out.record)
@@ -442,15 +511,19 @@ class Saver:
         return out.result()
 
     def pause_async(
-        self, *tags: str, backup: Optional[str] = None, skip_exported: bool = False
+        self,
+        *tags: str,
+        backup: Optional[str] = None,
+        skip_exported: bool = False,
+        copy_all: bool = False,
     ) -> Operation:
         """Like :meth:`pause`, and returns at once."""
-        options = _pause_options(tags, backup, skip_exported)
+        options = _pause_options(tags, backup, skip_exported, copy_all)
         out = ctypes.c_void_p()
         c.check(
             c.load().tms_saver_pause_async(self._live(), ctypes.byref(options), ctypes.byref(out))
         )
-        return self._operation(out.value)
+        return self._operation(out.value, Operation)
 
     def resume_async(self, *tags: str, wait_ms: int = 0) -> Operation:
         """Like :meth:`resume`, and returns at once."""
@@ -459,7 +532,63 @@ class Saver:
         c.check(
             c.load().tms_saver_resume_async(self._live(), ctypes.byref(options), ctypes.byref(out))
         )
-        return self._operation(out.value)
+        return self._operation(out.value, Operation)
+
+    def resume_ordered_async(self, addresses: Sequence[int], *, wait_ms: int = 0) -> OrderedResume:
+        """Resumes the allocations at ``addresses``, and no others, in that order; returns at once.
+
+        Work can start with the first of them while the rest arrives.
+        """
+        options = _resume_options((), wait_ms)
+        numbers = [_unsigned(f"addresses[{at}]", each) for at, each in enumerate(addresses)]
+        pointers = (ctypes.c_void_p * len(numbers))(*numbers)
+        out = ctypes.c_void_p()
+        c.check(
+            c.load().tms_saver_resume_ordered_async(
+                self._live(), pointers, len(numbers), ctypes.byref(options), ctypes.byref(out)
+            )
+        )
+        return self._operation(out.value, OrderedResume)
+
+    def prewarm(self, bytes: int, device: int = -1) -> None:
+        """Pins ``bytes`` of host memory beyond what is used, near ``device``, for the next pause.
+
+        They stay pinned while nobody uses them, until :meth:`trim` or until the host runs short.
+        """
+        c.check(c.load().tms_saver_prewarm(self._live(), device, _unsigned("bytes", bytes)))
+
+    def prewarm_async(self, bytes: int, device: int = -1) -> Operation:
+        """Like :meth:`prewarm`, and returns at once. A pause that is started later waits for it."""
+        _unsigned("bytes", bytes)
+        out = ctypes.c_void_p()
+        c.check(
+            c.load().tms_saver_prewarm_async(self._live(), device, bytes, ctypes.byref(out))
+        )
+        return self._operation(out.value, Operation)
+
+    def trim(self, keep_bytes: int = 0) -> int:
+        """Unpins idle host memory until at most ``keep_bytes`` of it are left; how much it was."""
+        _unsigned("keep_bytes", keep_bytes)
+        released = ctypes.c_uint64()
+        c.check(c.load().tms_saver_trim(self._live(), keep_bytes, ctypes.byref(released)))
+        return released.value
+
+    def pinned_stats(self) -> PinnedStats:
+        """Figures of the saver's pinned host memory."""
+        record = _record(c.PinnedStatsRecord)
+        c.check(c.load().tms_saver_pinned_stats(self._live(), ctypes.byref(record)))
+        return PinnedStats(
+            chunk_count=record.chunk_count,
+            pinned_bytes=record.pinned_bytes,
+            used_bytes=record.used_bytes,
+            idle_bytes=record.idle_bytes,
+            adopted_bytes=record.adopted_bytes,
+            high_water_bytes=record.high_water_bytes,
+            limit_bytes=None if record.limit_bytes == _UINT64_MAX else record.limit_bytes,
+            keep_bytes=record.keep_bytes,
+            huge_page_bytes=record.huge_page_bytes,
+            small_page_bytes=record.small_page_bytes,
+        )
 
     def stats(self) -> List[Stats]:
         """One entry for each tag and device that has allocations."""
