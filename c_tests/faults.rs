@@ -54,7 +54,8 @@ impl Set {
         for (index, (region, kept)) in regions.into_iter().enumerate() {
             for device in 0..2 {
                 let seed = (index * 2 + device) as u64;
-                let bytes = (2 << 20) + index * 1_000_003;
+                // Of one block or of two.
+                let bytes = (2 << 20) - 5 + index % 2 * 1_000_003;
                 made.push(Made {
                     address: support::filled(&saver, device as u32, bytes, seed, &region),
                     contents: pattern(bytes, seed),
