@@ -303,8 +303,8 @@ fn run(arguments: Arguments) -> Result<bool> {
         println!(
             "{} x {}; every case in a process of its own; on a GPU the rows of cases with first times \
              are medians of {} processes after one that does not count, because the first one on a \
-             machine registers memory several times more slowly; {} of host memory touched and \
-             released before.",
+             machine registers memory several times more slowly; TMS_PINNED_KEEP covers what is \
+             paused; {} of host memory touched and released before.",
             sizes.count,
             human::bytes(sizes.bytes),
             PROCESSES - 1,
@@ -369,7 +369,12 @@ fn in_processes(name: &str, sizes: &Sizes, processes: usize) -> Result<Vec<Row>>
 
 /// Measures a case in a fresh process, which prints a JSON line for each row.
 fn in_a_process(name: &str, sizes: &Sizes) -> Result<Vec<Row>> {
+    // All that is paused is kept pinned for the next time, as a host with this much to pause would
+    // choose.
+    let keep = std::env::var("TMS_PINNED_KEEP")
+        .unwrap_or_else(|_| (sizes.total() * u64::from(sizes.devices)).to_string());
     let output = Command::new(std::env::current_exe()?)
+        .env("TMS_PINNED_KEEP", keep)
         .arg(format!("--child={name}"))
         .args(sizes.arguments())
         .stderr(Stdio::inherit())
@@ -620,7 +625,12 @@ impl Bench {
         let longest = self.allocations.iter().map(|allocation| allocation.bytes);
         let longest = longest.max().unwrap_or(1);
         let most = self.allocations.len().max(1);
-        let room = longest * (CEILING_PIECE / longest).clamp(1, most);
+        // Several devices together are fast enough to find a small place in the processor's cache.
+        let piece = match self.devices() {
+            1 => CEILING_PIECE,
+            _ => 4 * CEILING_PIECE,
+        };
+        let room = longest * (piece / longest).clamp(1, most);
         let mut lanes = Vec::new();
         for device in 0..self.devices() {
             let mut memory = HostMemory::new(room)?;
