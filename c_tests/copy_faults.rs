@@ -403,6 +403,8 @@ fn the_first_copy_and_its_measurements_fail_anywhere() {
         scenario.run(&world).0.unwrap();
         fake.count()
     };
+    // The next fault must not hit what is left of this one.
+    assert_nothing_left(&fake, "without faults");
     let few = (1..=60).chain((61..calls - 40).step_by(calls as usize / 12));
     for nth in few.chain(calls - 40..=calls) {
         for repeat in [1, 6] {
@@ -449,4 +451,6 @@ fn a_lost_device_is_told_and_host_memory_is_copied_on() {
     assert_eq!(certain, 0);
     fake.reset_faults();
     to_device.run(&world).0.unwrap();
+    drop(world);
+    assert_nothing_left(&fake, "a lost device");
 }
