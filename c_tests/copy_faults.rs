@@ -378,9 +378,10 @@ fn every_call_of_a_copy_fails_once() {
                 assert_eq!(fake.live_streams(), streams, "{what}");
             }
         }
+        drop(world);
+        assert_nothing_left(&fake, method);
     }
     assert_eq!(fake.reserved_bytes(), before);
-    assert_nothing_left(&fake, "at the end");
 }
 
 #[test]
