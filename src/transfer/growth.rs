@@ -97,7 +97,7 @@ impl Growth {
 
     /// Waits for the end of all chunks. `tell` hears how many bytes came to an end.
     pub fn wait(&self, mut tell: impl FnMut(usize)) -> Result<()> {
-        let total = self.chunks.iter().map(|&(_, bytes)| bytes).sum();
+        let total: usize = self.chunks.iter().map(|&(_, bytes)| bytes).sum();
         let mut told = 0;
         let mut progress = lock(&self.progress);
         loop {
