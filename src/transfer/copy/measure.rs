@@ -59,6 +59,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Tables {
     /// The table of a device, measured first unless there is nothing to choose.
     pub fn of(&self, engine: &Engine, device: &Arc<dyn Device>) -> Result<Arc<Table>> {
+        if !lock(&self.leftovers).is_empty() {
+            self.clear_leftovers();
+        }
         let choice = device.has_kernels() || device.has_batch();
         let known = self.current(device)?;
         if known.measured || !choice || known.table.is_fixed() || known.failures >= MOST_FAILURES {
