@@ -149,9 +149,10 @@ impl Saver {
         let Err(error) = cleared else {
             return Some((span, address));
         };
-        tracing::warn!("{bytes} bytes at {address:#x} wait for the next pause: {error}");
+        // Before anything is logged: pauses wait for the hole, and a subscriber may do what it likes.
         self.held().give_up_hole(span, address, bytes);
         self.inner.cleared.notify_all();
+        tracing::warn!("{bytes} bytes at {address:#x} wait for the next pause: {error}");
         let empty = self.held().take_empty_span(span);
         if let Some(span) = empty {
             // To wait for the device, as this takes, could break a capture of this thread.
